@@ -1,0 +1,50 @@
+"""What the engine must know of a network, and the base of every entry of the `arch` section."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """The facts that padding, tiling, sharding and compilation need of a network, so that each is written once."""
+
+    scale: int = 1
+    """Output side / input side."""
+    size_multiple: int = 1
+    """The caller pads height and width up to a multiple of this before the network sees them (1: the network takes
+    any size or pads inside, as its official code does)."""
+    pad_mode: Literal["reflect", "flip"] = "reflect"
+    """How the official test code pads. `flip`: always up to the next multiple, even when divisible, by mirroring
+    including the border pixel (SwinIR)."""
+    min_size: int = 1
+    """Smallest side the network accepts."""
+    fixed_size: int | None = None
+    """The only side the network accepts (IDT: 128); larger images are tiled."""
+    tile_overlap: int = 0
+    """Overlap of neighbouring tiles, in input pixels, of the official tiled test."""
+    blocks: tuple[str, ...] = ()
+    """Class names of the repeated blocks: FSDP2 shards by them, `compile` compiles them one by one."""
+    channels_last: bool = False
+    """Whether the channels_last memory format pays on this network."""
+    bf16: bool = True
+    """Whether the network trains in bf16 autocast."""
+
+
+class Arch(BaseModel, ABC):
+    """One network with its published hyper-parameters as defaults. Input and output are RGB in [0, 1], (B, 3, H, W)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+
+    @property
+    @abstractmethod
+    def descriptor(self) -> Descriptor: ...
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """A freshly initialised network (as its repository initialises it), drawn from torch's global generator."""
