@@ -15,7 +15,7 @@ __all__ = ["AnyArch", "Arch", "Descriptor", "build", "parse"]
 
 
 def parse(arch: Arch | Mapping[str, Any]) -> Arch:
-    """The description of a network from a mapping such as `{"name": "edsr", "scale": 4}`; pydantic's error if it does not fit."""
+    """The description of a network from a mapping; pydantic's ValidationError if it does not fit."""
     return arch if isinstance(arch, Arch) else TypeAdapter(AnyArch).validate_python(arch)
 
 
