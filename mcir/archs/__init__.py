@@ -8,15 +8,16 @@ from torch import nn
 
 from mcir.archs.base import Arch, Descriptor
 from mcir.archs.edsr import Edsr
+from mcir.archs.ffanet import Ffanet
 
-AnyArch = Annotated[Edsr, Field(discriminator="name")]
+AnyArch = Annotated[Edsr | Ffanet, Field(discriminator="name")]
 
 __all__ = ["AnyArch", "Arch", "Descriptor", "build", "parse"]
 
 
 def parse(arch: Arch | Mapping[str, Any]) -> Arch:
     """The description of a network from a mapping; pydantic's ValidationError if it does not fit."""
-    return arch if isinstance(arch, Arch) else TypeAdapter(AnyArch).validate_python(arch)
+    return arch if isinstance(arch, Arch) else TypeAdapter[Arch](AnyArch).validate_python(arch)
 
 
 def build(arch: Arch | Mapping[str, Any]) -> nn.Module:
