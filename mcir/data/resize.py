@@ -1,0 +1,111 @@
+"""MATLAB's bicubic `imresize`, in torch: the degradation behind every published super-resolution table.
+
+Invariants: uint8 in gives MATLAB's uint8 out (each of the two passes is rounded half up and clipped, rows before
+columns), so low-resolution images made here equal the published files value for value. An output value depends on the
+image only, never on the window it is computed in: positions are integers over a common denominator, and the taps are
+added one after the other in one order, so resizing a crop gives the same bits as cropping the resized whole.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def imresize(image: Tensor, scale: float | Fraction) -> Tensor:
+    """Resize (..., H, W) to (..., ceil(H * scale), ceil(W * scale)) as MATLAB's `imresize(image, scale, "bicubic")`.
+
+    `image` is uint8, or float in any range (float32 and float64 keep their type and are neither rounded nor clipped;
+    half types are computed in float32). `scale` is output side / input side; write 1/3 or Fraction(1, 3).
+    Antialiased when shrinking. Crop `image` to a multiple of k first where scale is 1/k: published LR files are
+    made so, and the pixel grids of both images then coincide.
+
+    Keys' cubic convolution kernel with a = -0.5, widened by 1 / scale when shrinking, borders mirrored including the
+    border pixel: R. Keys, "Cubic convolution interpolation for digital image processing", IEEE TASSP 1981, and the
+    behaviour of MATLAB's imresize.
+    """
+    ratio = _ratio(scale)
+    height, width = (resized_side(side, ratio) for side in image.shape[-2:])
+    return imresize_crop(image, ratio, 0, 0, height, width)
+
+
+def imresize_crop(image: Tensor, scale: float | Fraction, top: int, left: int, height: int, width: int) -> Tensor:
+    """`imresize(image, scale)[..., top : top + height, left : left + width]`, the same bits, at the cost of the crop.
+
+    `image` is the whole image (..., H, W); the window is in pixels of the result. Only the pixels under the window
+    and its margin are read, and borders are mirrored only where the window touches them.
+    """
+    ratio = _ratio(scale)
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise ValueError(f"imresize takes uint8 or float images, not {image.dtype}")
+    num_rows, num_columns = image.shape[-2:]
+    if not (0 <= top <= top + height <= resized_side(num_rows, ratio)):
+        raise ValueError(f"rows {top}..{top + height} are outside the {resized_side(num_rows, ratio)} rows resized to")
+    if not (0 <= left <= left + width <= resized_side(num_columns, ratio)):
+        raise ValueError(
+            f"columns {left}..{left + width} are outside the {resized_side(num_columns, ratio)} columns resized to"
+        )
+    rows, row_weights = _taps(num_rows, ratio, top, height)
+    columns, column_weights = _taps(num_columns, ratio, left, width)
+    if height == 0 or width == 0:
+        return image.new_empty((*image.shape[:-2], height, width))
+    # Each pass is local to the other dimension, so everything outside the window and its margin can go first.
+    first_row, first_column = int(rows.min()), int(columns.min())
+    image = image[..., first_row : int(rows.max()) + 1, first_column : int(columns.max()) + 1]
+    image = _resize_rows(image, rows - first_row, row_weights)
+    return _resize_rows(image.mT, columns - first_column, column_weights).mT.contiguous()
+
+
+def resized_side(side: int, scale: float | Fraction) -> int:
+    """The side of the resized image, ceil(side * scale), without the floating-point surprise of 99 * (1 / 3)."""
+    ratio = _ratio(scale)
+    return -(-side * ratio.numerator // ratio.denominator)
+
+
+def _ratio(scale: float | Fraction) -> Fraction:
+    """The fraction meant by a float such as 1 / 3 (MATLAB's own arithmetic on 1 / 3 lands on the same pixel grid)."""
+    ratio = Fraction(scale).limit_denominator(1_000_000)
+    if ratio <= 0:
+        raise ValueError(f"scale must be positive, not {scale}")
+    return ratio
+
+
+def _keys_cubic(x: np.ndarray) -> np.ndarray:
+    x = np.abs(x)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x <= 1, near, np.where(x <= 2, far, 0.0))
+
+
+def _taps(side: int, ratio: Fraction, start: int, count: int) -> tuple[Tensor, Tensor]:
+    """For output positions start .. start + count: input indices (P, count) and float64 weights (P, count).
+
+    Input coordinate of output x is u = (x + 1/2) / scale - 1/2 = ((2x + 1) q - p) / 2p for scale p/q, kept as its
+    integer numerator: the distances tap - u, and with them the weights, repeat exactly however far along x is.
+    """
+    p, q = ratio.numerator, ratio.denominator
+    shrink = max(p, q)  # the kernel is 4 * shrink / p input pixels wide
+    centre = (2 * np.arange(start, start + count, dtype=np.int64) + 1) * q - p
+    first = (centre - 4 * shrink) // (2 * p)
+    taps = first + np.arange(4 * shrink // p + 3)[:, None]
+    weights = _keys_cubic((2 * p * taps - centre) / (2 * shrink))
+    weights /= weights.sum(axis=0)
+    used = weights.any(axis=1)
+    mirrored = taps[used] % (2 * side)
+    indices = np.where(mirrored < side, mirrored, 2 * side - 1 - mirrored)
+    return torch.from_numpy(indices), torch.from_numpy(weights[used])
+
+
+def _resize_rows(image: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """One pass over dim -2. Multiply and add stay two roundings (no fused addcmul), the same at any offset."""
+    # uint8 in float64: exact ties at x.5 (common at x2) stay exact, everything else is far from one.
+    compute = {torch.uint8: torch.float64, torch.float64: torch.float64}.get(image.dtype, torch.float32)
+    weights = weights.to(image.device, compute)[..., None]  # (P, count, 1)
+    rows = rows.to(image.device)
+    total = weights.new_zeros(())
+    for tap, weight in zip(rows, weights, strict=True):
+        total = total + image.index_select(-2, tap).to(compute) * weight
+    if image.dtype == torch.uint8:
+        return (total + 0.5).floor_().clamp_(0, 255).to(torch.uint8)
+    return total.to(image.dtype)
