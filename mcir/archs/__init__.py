@@ -7,10 +7,11 @@ from pydantic import Field, TypeAdapter
 from torch import nn
 
 from mcir.archs.base import Arch, Descriptor
+from mcir.archs.dehazeformer import Dehazeformer
 from mcir.archs.edsr import Edsr
 from mcir.archs.ffanet import Ffanet
 
-AnyArch = Annotated[Edsr | Ffanet, Field(discriminator="name")]
+AnyArch = Annotated[Dehazeformer | Edsr | Ffanet, Field(discriminator="name")]
 
 __all__ = ["AnyArch", "Arch", "Descriptor", "build", "parse"]
 
