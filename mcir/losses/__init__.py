@@ -1,0 +1,1 @@
+"""Losses: reconstruction against the clean image, contrast against the network's own history."""

@@ -1,0 +1,138 @@
+"""The strategy seam: one Accelerator from what the launch file says, checked; nothing here is guessed.
+
+`accelerate launch --config_file launch/accelerate/NAME.yaml -m mcir train …` chooses ddp, fsdp2, zero2 or zero3 and the number of
+processes. The `*_cpu.yaml` files rehearse the same strategies with gloo processes; they hide the GPUs
+(CUDA_VISIBLE_DEVICES=-1,…), and without that sign a launch that finds no GPU is refused.
+"""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
+
+from mcir.errors import UserError
+
+
+def build_accelerator(
+    *,
+    precision: str | None = None,
+    accumulate: int = 1,
+    blocks: Sequence[str] = (),
+    batch_size_per_process: int = 1,
+    max_grad_norm: float | None = None,
+    timeout_s: float = 1800,
+    project_dir: str | None = None,
+) -> Accelerator:
+    """The Accelerator for this process. Collective.
+
+    Args:
+        precision: `fp32` or `bf16`; None takes the launch file's `mixed_precision`. A contradiction is an error.
+        accumulate: micro-batches in an optimizer step.
+        blocks: class names of the network's repeated blocks, the units that FSDP2 shards.
+        batch_size_per_process, max_grad_norm: what DeepSpeed must be told beforehand.
+        timeout_s: after so many seconds a collective that a peer never reached ends the process.
+
+    Raises:
+        UserError: the launch leaves processes unsynchronised, or asks for what this machine does not have.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rehearsal = _check_devices(world_size)
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if zero:
+        _require_deepspeed()
+    process_group = InitProcessGroupKwargs(
+        backend="gloo" if rehearsal and zero else None, timeout=timedelta(seconds=timeout_s)
+    )
+    fsdp_plugin = FullyShardedDataParallelPlugin() if fsdp else None
+    if fsdp_plugin is not None and fsdp_plugin.fsdp_version != 2:
+        raise UserError("the launch file asks for FSDP1; set fsdp_config.fsdp_version to 2 (launch/accelerate/fsdp2.yaml)")
+    accelerator = Accelerator(
+        cpu=rehearsal and not zero,
+        mixed_precision=_precision(precision),
+        gradient_accumulation_steps=accumulate,
+        fsdp_plugin=fsdp_plugin,
+        project_config=ProjectConfiguration(project_dir=project_dir, automatic_checkpoint_naming=False),
+        kwargs_handlers=[
+            process_group,
+            # Normalisation buffers are rank 0's wherever they leave the run (`full_params`), so no step broadcasts them.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+    if accelerator.num_processes != world_size:
+        raise UserError(
+            f"the launcher started {world_size} processes but they are not connected: each would train a copy of its own. "
+            "Use a file of launch/accelerate/ (the *_cpu.yaml files on a machine without GPUs)"
+        )
+    if fsdp_plugin is not None:
+        if rehearsal:
+            _promote_to_fsdp(accelerator, fsdp_plugin)
+        fsdp_plugin.transformer_cls_names_to_wrap = list(blocks)
+    if zero:
+        deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
+        deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size_per_process
+        deepspeed_config["gradient_accumulation_steps"] = accumulate
+        deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
+    return accelerator
+
+
+def strategy(accelerator: Accelerator) -> str:
+    """`single`, `ddp`, `fsdp2`, `zero1`, `zero2` or `zero3`."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    return "single" if accelerator.distributed_type == DistributedType.NO else "ddp"
+
+
+def _check_devices(world_size: int) -> bool:
+    """Whether this process rehearses on the CPU; refuses a GPU launch without GPUs."""
+    if torch.cuda.is_available():
+        return False
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = visible is not None and not any(part.strip().isdigit() for part in visible.split(","))
+    asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if world_size > 1 and not (hidden or asked):
+        raise UserError(
+            f"{world_size} processes were launched for GPUs and no GPU is visible. To rehearse on the CPU use the *_cpu.yaml "
+            "file of the same strategy in launch/accelerate/"
+        )
+    return True
+
+
+def _precision(precision: str | None) -> str | None:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision is None:
+        if launched not in (None, "no", "bf16"):
+            raise UserError(f"the launch file's mixed_precision is {launched}; mcir trains in bf16 or in fp32 (`no`)")
+        return launched
+    wanted = {"fp32": "no", "bf16": "bf16"}[precision]
+    if launched == "bf16" and wanted == "no":
+        raise UserError("compute.precision is fp32 and the launch file's mixed_precision is bf16: make them agree")
+    os.environ["ACCELERATE_MIXED_PRECISION"] = wanted  # read by the DeepSpeed plugin
+    return wanted
+
+
+def _require_deepspeed() -> None:
+    try:
+        import deepspeed  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"ZeRO needs {error.name}: install mcir[deepspeed]") from error
+
+
+def _promote_to_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Accelerate turns FSDP on for GPUs only; this does the same to connected CPU processes (accelerate 1.15, state.py)."""
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state._shared_state["fsdp_plugin"] = plugin
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
