@@ -10,8 +10,9 @@ from mcir.archs.base import Arch, Descriptor
 from mcir.archs.dehazeformer import Dehazeformer
 from mcir.archs.edsr import Edsr
 from mcir.archs.ffanet import Ffanet
+from mcir.archs.idt import Idt
 
-AnyArch = Annotated[Dehazeformer | Edsr | Ffanet, Field(discriminator="name")]
+AnyArch = Annotated[Dehazeformer | Edsr | Ffanet | Idt, Field(discriminator="name")]
 
 __all__ = ["AnyArch", "Arch", "Descriptor", "build", "parse"]
 

@@ -1,6 +1,7 @@
 """What the engine must know of a network, and the base of every entry of the `arch` section."""
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,3 +49,8 @@ class Arch(BaseModel, ABC):
     @abstractmethod
     def build(self) -> nn.Module:
         """A freshly initialised network (as its repository initialises it), drawn from torch's global generator."""
+
+
+def under(name: str, module: nn.Module) -> nn.Module:
+    """The module itself, its state_dict keys prefixed by `name` as in an official network."""
+    return nn.Sequential(OrderedDict({name: module}))

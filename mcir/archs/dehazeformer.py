@@ -8,7 +8,6 @@ is inside.
 """
 
 import math
-from collections import OrderedDict
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -17,7 +16,7 @@ from einops import rearrange
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from mcir.archs.base import Arch, Descriptor
+from mcir.archs.base import Arch, Descriptor, under
 
 META_FEATURES = 256  # of the network that maps a relative position to one bias a head
 FUSION_REDUCTION = 8
@@ -47,11 +46,6 @@ VARIANTS = {
     "m": Variant(NARROW, (12, 12, 12, 6, 6), USUAL_RATIOS, "full"),
     "l": Variant(WIDE, (16, 16, 16, 12, 12), USUAL_RATIOS, "full"),
 }
-
-
-def under(name: str, module: nn.Module) -> nn.Module:
-    """The module itself, its state_dict keys prefixed by `name` as in the official network."""
-    return nn.Sequential(OrderedDict({name: module}))
 
 
 def initialise(module: nn.Module, gain: float) -> None:
