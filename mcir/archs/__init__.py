@@ -11,8 +11,10 @@ from mcir.archs.dehazeformer import Dehazeformer
 from mcir.archs.edsr import Edsr
 from mcir.archs.ffanet import Ffanet
 from mcir.archs.idt import Idt
+from mcir.archs.nafnet import Nafnet
+from mcir.archs.swinir import Swinir
 
-AnyArch = Annotated[Dehazeformer | Edsr | Ffanet | Idt, Field(discriminator="name")]
+AnyArch = Annotated[Dehazeformer | Edsr | Ffanet | Idt | Nafnet | Swinir, Field(discriminator="name")]
 
 __all__ = ["AnyArch", "Arch", "Descriptor", "build", "parse"]
 
