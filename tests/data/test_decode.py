@@ -1,0 +1,158 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mcir.data.decode import MAX_PIXELS, decode, image_size
+from mcir.errors import UserError
+
+RGB = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+SMOOTH = (np.mgrid[0:40, 0:60].sum(0)[..., None] * [1, 2, 1] + 20).astype(np.uint8)
+
+
+def encode(image: Image.Image | np.ndarray, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    """A PNG written by hand: what Pillow cannot write (16-bit colour) or should not (a bomb)."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def check(data: bytes, expected: np.ndarray, atol: float = 0) -> None:
+    image = decode(data, "row 1")
+    assert image.dtype == torch.uint8
+    assert tuple(image.shape) == (3, *expected.shape[:2])
+    assert image_size(data, "row 1") == expected.shape[:2]
+    difference = np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected)
+    assert difference.max() <= atol
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {}), ("BMP", {}), ("PPM", {})],
+)
+def test_lossless_formats_give_back_the_pixels(kind, options):
+    check(encode(RGB, kind, **options), RGB)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "AVIF"])
+def test_lossy_formats_come_close(kind):
+    check(encode(SMOOTH, kind, quality=95), SMOOTH, atol=12)
+
+
+def test_alpha_is_dropped_and_the_colour_under_it_kept():
+    alpha = np.where(RGB[..., :1] > 128, 0, 200).astype(np.uint8)
+    check(encode(np.concatenate([RGB, alpha], 2), "PNG"), RGB)
+    check(encode(np.concatenate([RGB, alpha], 2), "WEBP", lossless=True, exact=True), RGB)
+    check(encode(np.concatenate([RGB[..., :1], alpha], 2), "PNG"), RGB[..., :1].repeat(3, 2))
+
+
+def test_grey_bilevel_and_palette_become_rgb():
+    grey = RGB[..., 0]
+    check(encode(grey, "PNG"), grey[..., None].repeat(3, 2))
+    check(encode(SMOOTH[..., 0], "JPEG", quality=95), SMOOTH[..., :1].repeat(3, 2), atol=8)
+    check(encode(Image.fromarray(grey > 99), "PNG"), ((grey > 99) * 255)[..., None].repeat(3, 2))
+    indices = grey % 5
+    colours = np.array([[0, 0, 0], [255, 0, 7], [0, 255, 9], [1, 2, 3], [250, 251, 252]], np.uint8)
+    palette = Image.fromarray(indices, "L").convert("P")
+    palette.putpalette(colours.tobytes())
+    check(encode(palette, "PNG"), colours[indices])
+    check(encode(palette, "PNG", transparency=1), colours[indices])
+    check(encode(palette, "GIF"), colours[indices])
+    nibbles = (SMOOTH[:4, :2, 0] // 17).astype(np.uint8)  # grey at 4 bits a pixel
+    check(png(2, 4, 4, 0, b"".join(bytes([0, a << 4 | b]) for a, b in nibbles)), (nibbles * 17)[..., None].repeat(3, 2))
+
+
+def test_cmyk_jpeg_is_converted():
+    red, cmyk = np.tile(np.uint8([200, 30, 40]), (32, 32, 1)), Image.new("CMYK", (32, 32), (55, 225, 215, 0))
+    check(encode(cmyk, "JPEG", quality=95), red, atol=6)
+
+
+def test_sixteen_bits_become_float():
+    deep = np.random.default_rng(1).integers(0, 65536, (6, 5, 4), dtype=np.uint16)
+    for colour, channels, expected in [
+        (0, [0], deep[..., [0, 0, 0]]),
+        (2, [0, 1, 2], deep[..., :3]),
+        (4, [0, 1], deep[..., [0, 0, 0]]),
+        (6, [0, 1, 2, 3], deep[..., :3]),
+    ]:
+        rows = b"".join(b"\0" + row[:, channels].astype(">u2").tobytes() for row in deep)
+        image = decode(png(5, 6, 16, colour, rows), "row 1")
+        assert image.dtype == torch.float32
+        np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), expected / 65535, atol=1e-7)
+    grey = decode(encode(deep[..., 0], "TIFF"), "row 1")
+    np.testing.assert_allclose(grey.permute(1, 2, 0).numpy(), deep[..., [0, 0, 0]] / 65535, atol=1e-7)
+
+
+ORIENTED = {  # EXIF orientation -> how the stored pixels are to be shown
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: x[::-1].swapaxes(0, 1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: x.swapaxes(0, 1)[::-1],
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTED)
+def test_exif_orientation_is_applied(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    check(encode(SMOOTH, "JPEG", quality=95, exif=exif), ORIENTED[orientation](SMOOTH), atol=12)
+    check(encode(RGB, "PNG", exif=exif), ORIENTED[orientation](RGB))
+    check(encode(RGB, "WEBP", lossless=True, exact=True, exif=exif), ORIENTED[orientation](RGB))
+    check(encode(RGB, "TIFF", tiffinfo=exif), ORIENTED[orientation](RGB))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"])
+def test_truncated_anywhere_is_an_error_never_a_half_picture(kind):
+    data = encode(RGB, kind)
+    for end in [1, 8, 20, 40, 60, len(data) // 4, len(data) // 2, len(data) * 3 // 4, len(data) - 20]:
+        with pytest.raises(UserError, match="shard 3, row 7"):
+            decode(data[:end], "shard 3, row 7")
+
+
+def test_what_is_no_image_is_one_clear_sentence():
+    with pytest.raises(UserError, match=r"^here: the image is empty \(0 bytes\)$"):
+        decode(b"", "here")
+    for junk in [b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\0" * 1000]:
+        with pytest.raises(UserError, match=r"^here: not an image in a format that is read \(PNG, JPEG"):
+            decode(junk, "here")
+    with pytest.raises(UserError, match=r"here: .* 32 bits a channel"):
+        decode(encode(RGB[..., 0].astype(np.float32), "TIFF"), "here")
+
+
+@pytest.mark.parametrize("image", [RGB, SMOOTH])
+def test_a_flipped_byte_of_a_png_is_found(image):
+    """Were one to reach libpng inside torchvision, the process would die of it: this test would not just fail."""
+    data = encode(image, "PNG")
+    for place in range(8, len(data) - 12, max(1, len(data) // 150)):
+        flipped = bytearray(data)
+        flipped[place] ^= 0xFF
+        with pytest.raises(UserError, match=r"^here: "):
+            decode(bytes(flipped), "here")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9_460, 50_000])
+def test_decompression_bombs_are_refused_before_decoding(side):
+    assert side * side > MAX_PIXELS
+    bomb = png(side, side, 8, 2, b"")  # nothing to decode: only the header can have been looked at
+    for look in (decode, image_size):
+        with pytest.raises(UserError, match=r"^here: refused, more than 89,478,485 pixels"):
+            look(bomb, "here")
