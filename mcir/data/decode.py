@@ -47,7 +47,7 @@ def decode(data: bytes, where: str) -> Tensor:
 
 
 def image_size(data: bytes, where: str) -> tuple[int, int]:
-    """(height, width) that `decode` would give, from the header alone (TIFF is decoded). Raises UserError as `decode` does."""
+    """(height, width) of what `decode` gives, from the header alone (TIFF apart). Raises UserError as `decode` does."""
     image = _open(data, where)
     try:
         if image.format == "TIFF":
