@@ -1,8 +1,8 @@
 """The negatives: frozen, full, fp32 copies of the target's past, the same on every rank by construction.
 
-They are made before `accelerator.prepare`, are never prepared themselves and hold no gradients. Whatever shards the target,
-they change in two ways only, both collective and both driven by rank-agreed values: `sync` (once, after `prepare`) and
-`update(step)`, a function of the step.
+They are made before `accelerator.prepare`, are never prepared themselves and hold no gradients. Whatever shards the
+target, they change in two ways only, both collective and both driven by rank-agreed values: `sync` (once, after
+`prepare`) and `update(step)`, a function of the step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,8 @@ class Schedule(BaseModel):
     decay: float = Field(0.1, ge=0, lt=1)
     """Share of the negative's own past that an update keeps."""
     start: float = Field(0.0, ge=0, le=1)
-    """Share of a random initialisation of its own that the negative starts with; the rest is the target (0.1 as published)."""
+    """Share of a random initialisation of its own that the negative starts with; the rest is the target (0.1 as
+    published)."""
 
 
 class Negatives(nn.Module):
@@ -65,7 +66,8 @@ class Negatives(nn.Module):
 
     @torch.no_grad()
     def forward(self, degraded: Tensor) -> list[Tensor]:
-        """What each negative restores from `degraded` (B, 3, H, W): K tensors (B, 3, s * H, s * W), without gradients."""
+        """What each negative restores from `degraded` (B, 3, H, W): K tensors (B, 3, s * H, s * W), without
+        gradients."""
         accelerator, _ = self._attached()
         with accelerator.autocast():
             return [net(degraded).float() for net in self.nets]
@@ -97,7 +99,7 @@ class Negatives(nn.Module):
 
         def flush() -> None:
             for k, decay in decays.items():
-                own = [members[k][name] for name in names]
+                own: list[Tensor] = [members[k][name] for name in names]
                 torch._foreach_mul_(own, decay)
                 torch._foreach_add_(own, tensors, alpha=1 - decay)
             names.clear()

@@ -1,9 +1,8 @@
 """The strategy seam: one Accelerator from what the launch file says, checked; nothing here is guessed.
 
-`accelerate launch --config_file launch/accelerate/NAME.yaml -m mcir train …` chooses ddp, fsdp2, zero2 or zero3 and the number of
-processes. The `*_cpu.yaml` files rehearse the same strategies with gloo processes; they hide the GPUs
-(CUDA_VISIBLE_DEVICES=-1,…), and without that sign a launch that finds no GPU is refused.
-"""
+`accelerate launch --config_file launch/accelerate/NAME.yaml -m mcir train …` chooses ddp, fsdp2, zero2 or zero3 and
+the number of processes. The `*_cpu.yaml` files rehearse the same strategies with gloo processes; they hide the GPUs
+(CUDA_VISIBLE_DEVICES=-1,…), and without that sign a launch that finds no GPU is refused."""
 
 import os
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
 )
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mcir.errors import UserError
 
@@ -26,10 +27,9 @@ def build_accelerator(
     precision: str | None = None,
     accumulate: int = 1,
     blocks: Sequence[str] = (),
-    batch_size_per_process: int = 1,
+    batch_size: int = 1,
     max_grad_norm: float | None = None,
     timeout_s: float = 1800,
-    project_dir: str | None = None,
 ) -> Accelerator:
     """The Accelerator for this process. Collective.
 
@@ -37,13 +37,18 @@ def build_accelerator(
         precision: `fp32` or `bf16`; None takes the launch file's `mixed_precision`. A contradiction is an error.
         accumulate: micro-batches in an optimizer step.
         blocks: class names of the network's repeated blocks, the units that FSDP2 shards.
-        batch_size_per_process, max_grad_norm: what DeepSpeed must be told beforehand.
+        batch_size: samples in a micro-batch of all processes; they must be able to share it equally.
+        max_grad_norm: what DeepSpeed must be told beforehand.
         timeout_s: after so many seconds a collective that a peer never reached ends the process.
 
     Raises:
         UserError: the launch leaves processes unsynchronised, or asks for what this machine does not have.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size % world_size:
+        raise UserError(
+            f"a micro-batch of {batch_size} cannot be shared equally by {world_size} processes: change batch_size"
+        )
     rehearsal = _check_devices(world_size)
     zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -54,23 +59,26 @@ def build_accelerator(
     )
     fsdp_plugin = FullyShardedDataParallelPlugin() if fsdp else None
     if fsdp_plugin is not None and fsdp_plugin.fsdp_version != 2:
-        raise UserError("the launch file asks for FSDP1; set fsdp_config.fsdp_version to 2 (launch/accelerate/fsdp2.yaml)")
+        raise UserError(
+            "the launch file asks for FSDP1; set fsdp_config.fsdp_version to 2 (launch/accelerate/fsdp2.yaml)"
+        )
     accelerator = Accelerator(
         cpu=rehearsal and not zero,
         mixed_precision=_precision(precision),
         gradient_accumulation_steps=accumulate,
         fsdp_plugin=fsdp_plugin,
-        project_config=ProjectConfiguration(project_dir=project_dir, automatic_checkpoint_naming=False),
+        project_config=ProjectConfiguration(automatic_checkpoint_naming=False),
         kwargs_handlers=[
             process_group,
-            # Normalisation buffers are rank 0's wherever they leave the run (`full_params`), so no step broadcasts them.
+            # Normalisation buffers are rank 0's wherever they leave the run (`full_params`), so no step broadcasts
+            # them.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
     if accelerator.num_processes != world_size:
         raise UserError(
-            f"the launcher started {world_size} processes but they are not connected: each would train a copy of its own. "
-            "Use a file of launch/accelerate/ (the *_cpu.yaml files on a machine without GPUs)"
+            f"the launcher started {world_size} processes but they are not connected: each would train a copy "
+            "of its own. Use a file of launch/accelerate/ (the *_cpu.yaml files on a machine without GPUs)"
         )
     if fsdp_plugin is not None:
         if rehearsal:
@@ -78,7 +86,7 @@ def build_accelerator(
         fsdp_plugin.transformer_cls_names_to_wrap = list(blocks)
     if zero:
         deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
-        deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size_per_process
+        deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size // world_size
         deepspeed_config["gradient_accumulation_steps"] = accumulate
         deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
     return accelerator
@@ -97,13 +105,16 @@ def _check_devices(world_size: int) -> bool:
     """Whether this process rehearses on the CPU; refuses a GPU launch without GPUs."""
     if torch.cuda.is_available():
         return False
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # DeepSpeed, which Accelerate imports where it is installed, warns otherwise
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = visible is not None and not any(part.strip().isdigit() for part in visible.split(","))
     asked = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     if world_size > 1 and not (hidden or asked):
         raise UserError(
-            f"{world_size} processes were launched for GPUs and no GPU is visible. To rehearse on the CPU use the *_cpu.yaml "
-            "file of the same strategy in launch/accelerate/"
+            f"{world_size} processes were launched for GPUs and no GPU is visible. To rehearse on the CPU use the "
+            "*_cpu.yaml file of the same strategy in launch/accelerate/"
         )
     return True
 
@@ -130,9 +141,40 @@ def _require_deepspeed() -> None:
 
 
 def _promote_to_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Accelerate turns FSDP on for GPUs only; this does the same to connected CPU processes (accelerate 1.15, state.py)."""
+    """Accelerate turns FSDP on for GPUs only; this does the same to connected CPU processes (accelerate 1.15,
+    state.py)."""
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state._shared_state["fsdp_plugin"] = plugin
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
+
+
+def clip_and_guard(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None
+) -> tuple[Tensor, Tensor]:
+    """Clip the synchronised gradients and have `optimizer.step()` do nothing where their norm is not finite.
+    Collective.
+
+    Returns the total norm before clipping and whether the step is skipped (1.0 or 0.0): device scalars, equal on all
+    ranks, because gradients are synchronised before the norm is taken. Nothing waits for the device, except that
+    DeepSpeed, which clips, checks and steps inside `backward`, has already waited.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        norm = accelerator.clip_grad_norm_(model.parameters(), max_norm or 0.0)
+        overflow = bool(optimizer.step_was_skipped)  # type: ignore[attr-defined]
+        return (
+            torch.tensor(float(norm or 0.0), device=accelerator.device),
+            torch.tensor(float(overflow), device=accelerator.device),
+        )
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    skipped = (~norm.isfinite()).float()
+    inner = getattr(optimizer, "optimizer", optimizer)
+    # The fused optimizers leave weights, moments and step as they are where this is 1.
+    inner.found_inf = skipped  # type: ignore[union-attr]
+    return norm, skipped

@@ -1,4 +1,5 @@
-"""Batches with an exact position: what the n-th sample is depends on the seed alone (order.py), so resuming is counting.
+"""Batches with an exact position: what the n-th sample is depends on the seed alone (order.py), so resuming is
+counting.
 
 Rank r of R takes every R-th position; worker w of W every W-th of those; the main process puts them back in order.
 The position is the number of samples that all ranks together have taken: all a checkpoint needs to know.
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Batch:
-    """`degraded` (B, 3, H, W) and `clean` (B, 3, s * H, s * W) in [0, 1], fp32, on the device; `key` names the B samples."""
+    """`degraded` (B, 3, H, W) and `clean` (B, 3, s * H, s * W) in [0, 1], fp32, on the device; `key` names the B
+    samples."""
 
     degraded: Tensor
     clean: Tensor
@@ -153,11 +155,9 @@ class Loader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`batch_size` is the batch of all ranks together; UserError where they cannot share it equally."""
-        if batch_size % world_size:
-            raise UserError(f"a batch of {batch_size} cannot be shared equally by {world_size} processes: change batch_size")
-        if data.crop_size % scale:
-            raise UserError(f"data.crop_size {data.crop_size} is no multiple of the scale {scale}")
+        """`batch_size` is that of all ranks together, which they share equally."""
+        assert batch_size % world_size == 0
+        assert data.crop_size % scale == 0
         self.data, self.scale, self.seed = data, scale, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.device = torch.device(device)
@@ -185,7 +185,7 @@ class Loader:
                 self.num_skipped += 1
                 log.warning("skipped: %s", failure.message)
             if not good:
-                raise UserError(f"no usable row in a whole batch, the last: {batch[-1].message}")  # type: ignore[union-attr]
+                raise UserError(f"no usable row in a whole batch, the last: {batch[-1].message}")
             self.position += self.batch_size
             keys, degraded, clean = zip(*good, strict=True)
             yield Batch(self._to_device(degraded), self._to_device(clean), list(keys))

@@ -1,10 +1,11 @@
 """Which row is the n-th sample: a pure function of (seed, position), whatever the number of processes and workers.
 
-A source is a list of units (Parquet row groups, tar shards, runs of files) of known length, N rows in all. In each epoch the units are
-permuted and laid end to end; that sequence is cut into L lanes of equal length (to one row), and sample q of the epoch is
-the (q // L)-th row of lane q % L, after a permutation inside windows of that lane. A process that takes every M-th position
-therefore meets only L / gcd-many lanes: with M dividing L it reads its own share of the bytes and little more, and still
-nothing in the order depends on M. (The idea of canonical lanes is MosaicML Streaming's.)
+A source is a list of units (Parquet row groups, tar shards, runs of files) of known length, N rows in all. In each
+epoch the units are permuted and laid end to end; that sequence is cut into L lanes of equal length (to one row), and
+sample q of the epoch is the (q // L)-th row of lane q % L, after a permutation inside windows of that lane. A process
+that takes every M-th position therefore meets only L / gcd-many lanes: with M dividing L it reads its own share of
+the bytes and little more, and still nothing in the order depends on M. (The idea of canonical lanes is MosaicML
+Streaming's.)
 
 Several sources are mixed in blocks: each of COLUMNS columns of a block holds every source its exact number of times, in
 a seeded order, so that source i's own positions keep their residue modulo COLUMNS and the above holds for each.
@@ -27,7 +28,8 @@ BLOCK = 100
 
 @dataclass(frozen=True)
 class Order:
-    """The order of one source. `lengths`: rows of each unit; `buffer`: rows that all lanes together may hold for shuffling."""
+    """The order of one source. `lengths`: rows of each unit; `buffer`: rows that all lanes together may hold for
+    shuffling."""
 
     lengths: tuple[int, ...]
     seed: int
@@ -54,8 +56,8 @@ class Order:
         return start, start + size + (lane < longer)
 
     def window_of(self, epoch: int, lane: int, place: int) -> tuple[int, int, np.ndarray]:
-        """The window that holds `place`: (first row, one past the last row, permutation from place - first to row - first),
-        all counted within the lane."""
+        """The window that holds `place`: (first row, one past the last row, permutation from place - first to row -
+        first), all counted within the lane."""
         first = place - place % self.window
         start, stop = self.lane_range(lane)
         last = min(first + self.window, stop - start)
@@ -77,7 +79,8 @@ class Order:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Position of the run -> (source, index in that source). Weights are shares, kept to 1/BLOCK, each at least that."""
+    """Position of the run -> (source, index in that source). Weights are shares, kept to 1/BLOCK, each at least
+    that."""
 
     counts: tuple[int, ...]
     seed: int

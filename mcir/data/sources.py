@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import BaseModel, ConfigDict, Field
 
 from mcir.errors import UserError
 
@@ -67,7 +67,9 @@ class ParquetSource(Source):
         else:
             files = sorted(str(file) for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))))
         if not files:
-            raise UserError(f"no Parquet files at {self.path}: give a folder of *.parquet files (`mcir data pack` makes them)")
+            raise UserError(
+                f"no Parquet files at {self.path}: give a folder of *.parquet files (`mcir data pack` makes them)"
+            )
         return _parquet(files, self.path)
 
 
@@ -88,7 +90,7 @@ class HubSource(Source):
             files = [str(file) for file in (builder.config.data_files or {}).get(self.split, [])]
         except Exception as error:
             raise UserError(
-                f"the Hub dataset {self.repo} cannot be opened ({error}); check its name, the network and HF_HUB_OFFLINE"
+                f"the Hub dataset {self.repo} cannot be opened ({error}); check name, network and HF_HUB_OFFLINE"
             ) from error
         if not files or not all(file.endswith(".parquet") for file in files):
             raise UserError(f"the Hub dataset {self.repo} has no Parquet files in split {self.split}")
@@ -107,7 +109,9 @@ class FolderSource(Source):
         degraded = _images(self.degraded) if self.degraded else {}
         if self.degraded and clean.keys() != degraded.keys():
             odd = sorted(clean.keys() ^ degraded.keys())
-            raise UserError(f"{len(odd)} images of {self.clean} and {self.degraded} have no partner, the first is {odd[0]}")
+            raise UserError(
+                f"{len(odd)} images of {self.clean} and {self.degraded} have no partner, the first is {odd[0]}"
+            )
         keys = list(clean)
         starts = range(0, len(keys), FILES_IN_A_UNIT)
 
@@ -143,7 +147,9 @@ class TarSource(Source):
                     return tar.read(place[1])
 
                 for key, members in list(index[unit].items())[start:]:
-                    yield Row(key, read(members["clean"]) or b"", read(members.get("degraded")), f"{files[unit]}, {key}")
+                    yield Row(
+                        key, read(members["clean"]) or b"", read(members.get("degraded")), f"{files[unit]}, {key}"
+                    )
 
         return Units(tuple(len(members) for members in index), rows)
 

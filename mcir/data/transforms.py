@@ -1,4 +1,5 @@
-"""From an undecoded row to a training crop or a whole validation pair; every random draw comes from the generator given.
+"""From an undecoded row to a training crop or a whole validation pair; every random draw comes from the generator
+given.
 
 Images are (3, H, W), uint8 (or float32 in [0, 1] where the file holds 16 bits). Crops are taken before any conversion.
 """
@@ -19,7 +20,9 @@ Augment = Literal["dihedral", "hflip", "flips", "none"]
 mirrored each way (as IDT trains); `none`."""
 
 
-def validation_pair(row: Row, scale: int, degradation: AnyDegradation | None, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def validation_pair(
+    row: Row, scale: int, degradation: AnyDegradation | None, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """(degraded, clean), whole; clean is cropped at the bottom and right to a multiple of `scale`."""
     clean, degraded = _decode(row, scale, degradation)
     if degraded is None:
@@ -41,8 +44,8 @@ def training_pair(
     size = crop_size // scale
     if height < size or width < size:
         raise UserError(
-            f"{row.where}: the clean image is {clean.shape[-2]} x {clean.shape[-1]}, smaller than the crop of {crop_size}; "
-            "lower data.crop_size or leave small images out"
+            f"{row.where}: the clean image is {clean.shape[-2]} x {clean.shape[-1]}, smaller than the crop of "
+            f"{crop_size}; lower data.crop_size or leave small images out"
         )
     top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
     if degraded is not None:
@@ -69,8 +72,8 @@ def _decode(row: Row, scale: int, degradation: AnyDegradation | None) -> tuple[T
     expected = [side // scale for side in clean.shape[-2:]]
     if list(degraded.shape[-2:]) != expected:
         raise UserError(
-            f"{row.where}: degraded is {degraded.shape[-2]} x {degraded.shape[-1]} and clean {clean.shape[-2]} x {clean.shape[-1]}, "
-            f"at scale {scale} degraded should be {expected[0]} x {expected[1]}"
+            f"{row.where}: degraded is {degraded.shape[-2]} x {degraded.shape[-1]} and clean "
+            f"{clean.shape[-2]} x {clean.shape[-1]}; at scale {scale} degraded should be {expected[0]} x {expected[1]}"
         )
     return clean[:, : expected[0] * scale, : expected[1] * scale], degraded
 

@@ -1,4 +1,5 @@
-"""Self-prior negatives (SPN): the distance, in feature space, between what a network restores and what it used to restore.
+"""Self-prior negatives (SPN): the distance, in feature space, between what a network restores and what it used to
+restore.
 
 Wu et al., "Learning from History: Task-agnostic Model Contrastive Learning for Image Restoration", AAAI 2024
 (Aitical/MCLIR). The caller subtracts the result: the negatives repel.
@@ -53,7 +54,9 @@ class SPNConfig(BaseModel):
 
     weight: PositiveFloat = 1e-3
     features: FeaturesConfig = FeaturesConfig()
-    negatives: tuple[Schedule, ...] = Field(default_factory=lambda: tuple(Schedule(update_every=n) for n in (100, 200, 500, 1000)))
+    negatives: tuple[Schedule, ...] = Field(
+        default_factory=lambda: tuple(Schedule(update_every=n) for n in (100, 200, 500, 1000))
+    )
     """One entry a negative; an empty list trains plainly. The default is the released FFANet configuration."""
 
     def build(self) -> SPN:

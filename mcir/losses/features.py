@@ -87,7 +87,7 @@ def _load(network: str, depth: int, weights: str) -> nn.Sequential:
         torch.manual_seed(0)
         layers = getattr(models, network)(weights=None, init_weights=False).features[:depth]
         for i, layer in enumerate(layers):
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
             if isinstance(layer, nn.ReLU):
@@ -100,7 +100,9 @@ def _load(network: str, depth: int, weights: str) -> nn.Sequential:
         try:
             state = torch.hub.load_state_dict_from_url(url, weights_only=True, progress=False)
         except Exception as error:
-            raise UserError(f"the ImageNet weights of {network} could not be downloaded ({error}): {ways_out}") from error
+            raise UserError(
+                f"the ImageNet weights of {network} could not be downloaded ({error}): {ways_out}"
+            ) from error
     else:
         state = _read(Path(weights), ways_out)
     state = {key.removeprefix("features."): value for key, value in state.items()}

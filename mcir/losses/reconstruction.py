@@ -57,7 +57,8 @@ class PSNR(_Loss):
 
 
 class NegativeSSIM(_Loss):
-    """-SSIM as IDT trains: 11 x 11 Gaussian of sigma 1.5, zero padding, range 1, per channel (jiexiaou/IDT, loss/SSIM.py)."""
+    """-SSIM as IDT trains: 11 x 11 Gaussian of sigma 1.5, zero padding, range 1, per channel (jiexiaou/IDT,
+    loss/SSIM.py)."""
 
     name: Literal["ssim"] = "ssim"
 

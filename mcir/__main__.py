@@ -1,0 +1,5 @@
+"""`python -m mcir` and `accelerate launch -m mcir`."""
+
+from mcir.cli import main
+
+main()

@@ -1,0 +1,294 @@
+"""The manual of a run: every section and its fields, with `load`, which merges files and `path=value` overrides.
+
+Files are YAML 1.2, merged left to right; a mapping whose `name` or `format` changes replaces the earlier one, lists
+are replaced whole. Every mistake, at every depth, is reported at once with its path. The resolved config loads back
+equal."""
+
+import difflib
+import io
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from mcir.archs import AnyArch
+from mcir.data.degrade import AnyDegradation
+from mcir.data.loader import DataConfig
+from mcir.data.sources import AnySource
+from mcir.errors import UserError
+from mcir.losses.objective import ObjectiveConfig
+from mcir.metrics import PROTOCOLS
+from mcir.optim import OptimConfig
+
+TAGS = ("name", "format")
+"""The fields that select one of several kinds of section."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ValidationSet(_Section):
+    """Whole images to measure on."""
+
+    source: AnySource
+    degradation: AnyDegradation | None = None
+    """Makes `degraded` on the fly where the source holds clean images only; always the same one for an image."""
+    protocol: PROTOCOLS
+    """How PSNR and SSIM are computed: sr, rgb, ffanet, dehazeformer, derain, nafnet."""
+
+
+class ValidationConfig(_Section):
+    """When and on what the run is measured."""
+
+    every: PositiveInt
+    """Optimizer steps between two validations; the last step always validates."""
+    sets: dict[str, ValidationSet] = Field(min_length=1)
+    tile: PositiveInt | Literal["auto"] | None = None
+    """Side of the tiles, in degraded pixels, for images that do not fit; `auto` halves on out-of-memory."""
+    weights: Literal["target", "ema"] | None = None
+    """Which weights are measured; by default the EMA where there is one."""
+    best: str | None = None
+    """`SET/psnr` or `SET/ssim` that decides which checkpoint is best; by default the first set's PSNR."""
+
+
+class CheckpointConfig(_Section):
+    """When the run is saved, and how much is kept."""
+
+    every: PositiveInt = 5000
+    """Optimizer steps between two checkpoints; the last step and a stop signal always save."""
+    keep_last: PositiveInt = 3
+    keep_best: bool = True
+    """Whether the checkpoint of the best validation is kept beyond `keep_last`."""
+
+
+class TrackingConfig(_Section):
+    """What TensorBoard and the progress bar show."""
+
+    log_every: PositiveInt = 100
+    """Optimizer steps between two log lines. Only these steps wait for the device."""
+    num_images: int = Field(2, ge=0)
+    """Picture rows (degraded, negative, restored, clean, difference) of each validation set."""
+
+
+class ComputeConfig(_Section):
+    """How the same arithmetic is carried out. The strategy (ddp, fsdp2, zero2, zero3) is the launch file's, not the
+    run's."""
+
+    precision: Literal["fp32", "bf16"] | None = None
+    """By default what the launch file's mixed_precision says."""
+    compile: bool = False
+    """torch.compile of the network's repeated blocks, shared by target and negatives."""
+    channels_last: bool | None = None
+    """By default what pays on the network, on a GPU."""
+    timeout_s: PositiveInt = 1800
+    """A collective that a peer has not reached after so long ends the run."""
+
+
+class RunConfig(_Section):
+    """One training run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run directory is runs_dir/name."""
+    runs_dir: str = "runs"
+    seed: int = 0
+    steps: PositiveInt
+    """Optimizer steps."""
+    batch_size: PositiveInt
+    """Samples in an optimizer step, over all processes and micro-batches."""
+    accumulate: PositiveInt = 1
+    """Micro-batches in an optimizer step."""
+    arch: AnyArch
+    init_from: str | None = None
+    """Weights to start from (.safetensors, .pth, .pt, .ckpt, .pk)."""
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an EMA of the weights for evaluation, updated each step (not a negative); null: none."""
+    validation: ValidationConfig | None = None
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        scale = self.arch.descriptor.scale
+        faults = []
+        if self.data.crop_size % scale:
+            faults.append(f"data.crop_size: {self.data.crop_size} is no multiple of the network's scale {scale}")
+        if self.batch_size % self.accumulate:
+            faults.append(f"batch_size: {self.batch_size} is no multiple of accumulate, {self.accumulate}")
+        places = [(f"data.train.{i}", source.degradation) for i, source in enumerate(self.data.train)]
+        if self.validation:
+            places += [(f"validation.sets.{name}", s.degradation) for name, s in self.validation.sets.items()]
+            if self.validation.weights == "ema" and self.ema_decay is None:
+                faults.append("validation.weights: ema, but ema_decay is not set")
+            metrics = [f"{name}/{metric}" for name in self.validation.sets for metric in ("psnr", "ssim")]
+            if self.validation.best is not None and self.validation.best not in metrics:
+                faults.append(f"validation.best: no {self.validation.best}; there are {', '.join(metrics)}")
+        for place, degradation in places:
+            if degradation is not None and degradation.scale != scale:
+                faults.append(f"{place}.degradation: its scale is {degradation.scale}, the network's is {scale}")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+
+def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that files, merged left to right, and `path=value` overrides describe. UserError lists all mistakes."""
+    merged: dict[str, Any] = {}
+    for path in paths:
+        for key, value in _read(Path(path)).items():
+            merged[key] = _merge(merged.get(key), value)
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise UserError(f"{override}: an override is written path=value, such as optim.optimizer.lr=1e-4")
+        _set(merged, path, _parse(text, override))
+    return validate(merged, " + ".join(map(str, paths)))
+
+
+def validate(values: Mapping[str, Any], name: str) -> RunConfig:
+    """The config from plain values; `name` says in messages where they come from."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [f"  {line}" for line in dict.fromkeys(_explain(fault, values) for fault in error.errors())]
+        raise UserError(f"{name}: {len(lines)} mistake{'s' if len(lines) > 1 else ''}\n" + "\n".join(lines)) from None
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML that `load` reads back equal."""
+    text = io.StringIO()
+    _yaml().dump(config.model_dump(mode="json"), text)
+    return text.getvalue()
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)  # YAML 1.2: `no` is a string, 1e-4 a number, a duplicate key an error
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return yaml
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return _yaml().load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{where}{place}: {(error.problem or error.context or 'not YAML').strip()}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = _parse(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a UTF-8 text file") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a mapping of fields")
+    return values
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    if any(tag in base and tag in over and base[tag] != over[tag] for tag in TAGS):
+        return over  # another network, loss, source...: the earlier one's arguments are not its own
+    return base | {key: _merge(base.get(key), value) for key, value in over.items()}
+
+
+def _set(values: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    node: Any = values
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_index(node, part, path)]
+        elif isinstance(node, dict):
+            if not isinstance(node.get(part), dict | list):
+                node[part] = {}
+            node = node[part]
+        else:
+            raise UserError(f"{path}: {part} is inside a plain value")
+    if isinstance(node, list):
+        node[_index(node, last, path)] = value
+    else:
+        node[last] = _merge(node.get(last), value)
+
+
+def _index(node: list[Any], part: str, path: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(f"{path}: {part} is no place in a list of {len(node)}")
+    return int(part)
+
+
+def _explain(fault: Any, values: Mapping[str, Any]) -> str:
+    """One line: the path as the user wrote it, what is wrong, what may be meant."""
+    path: list[str] = []
+    node: Any = values
+    annotation: Any = RunConfig
+    for part in fault["loc"]:
+        inside = part in node if isinstance(node, Mapping) else isinstance(node, list) and isinstance(part, int)
+        parent, (annotation, is_tag) = annotation, _descend(annotation, part)
+        if is_tag and not inside:
+            continue  # a discriminator's value, which the user did not write as a key
+        path.append(str(part))
+        node = node[part] if inside else None
+    where = ".".join(path)
+    if fault["type"] == "extra_forbidden":
+        known = _fields_of(parent)
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        return f"{where}: no such field" + (
+            f", do you mean {near[0]}?" if near else f"; the fields are {', '.join(known)}"
+        )
+    if fault["type"] == "missing":
+        return f"{where}: required and not given"
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        tag = fault["ctx"]["discriminator"].strip("'")
+        if fault["type"] == "union_tag_not_found":
+            return f"{where}.{tag}: required and not given"
+        expected = [value.strip(" '") for value in fault["ctx"]["expected_tags"].split(",")]
+        near = difflib.get_close_matches(fault["ctx"]["tag"], expected, n=1)
+        meant = f", do you mean {near[0]}?" if near else ""
+        return f"{where}.{tag}: {fault['ctx']['tag']} is none of {', '.join(expected)}{meant}"
+    message = fault["msg"].removeprefix("Value error, ")
+    return message if not path else f"{where}: {message} (given: {fault['input']!r})"
+
+
+def _fields_of(annotation: Any) -> list[str]:
+    models = [member for member in _members(annotation) if isinstance(member, type) and issubclass(member, BaseModel)]
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The alternatives of an annotation, unions and Annotated unwrapped."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _members(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return [member for alternative in typing.get_args(annotation) for member in _members(alternative)]
+    return [annotation]
+
+
+def _descend(annotation: Any, part: Any) -> tuple[Any, bool]:
+    """The annotation one step deeper, and whether the step was a discriminator's value instead of a key."""
+    for member in _members(annotation):
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            if part in member.model_fields:
+                return member.model_fields[part].annotation, False
+            tags = (member.model_fields[tag].annotation for tag in TAGS if tag in member.model_fields)
+            if any(part in typing.get_args(tag) for tag in tags):
+                return member, True
+        elif typing.get_origin(member) in (tuple, list) and isinstance(part, int):
+            return typing.get_args(member)[0], False
+        elif typing.get_origin(member) is dict:
+            return typing.get_args(member)[1], False
+    return Any, False

@@ -1,0 +1,52 @@
+"""Signals that ask a run to stop, agreed by all ranks: a signal to any process stops all of them after the same
+step."""
+
+import signal
+from types import FrameType, TracebackType
+
+import torch
+from accelerate import Accelerator
+from torch import distributed as dist
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
+"""75 (EX_TEMPFAIL): a checkpoint was saved, start me again with `--resume auto`. 130: interrupted by the user,
+saved too."""
+
+
+class StopRequest:
+    """While entered, SIGINT, SIGTERM and SIGUSR1 are noted instead of obeyed. A second SIGINT is obeyed."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        # A gloo group of its own: the flag never waits for the GPU.
+        self._group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._received = 0
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> int:
+        """Exit code that a signal to any rank asks for, 0 for none; the same on all ranks. Call once a step, on all.
+
+        The ranks' flags are reduced in the background of one step and read in the next, so that nobody waits.
+        """
+        if self._group is None:
+            return self._received
+        agreed = 0
+        if self._pending is not None:
+            flag, work = self._pending
+            work.wait()
+            agreed = int(flag)
+        flag = torch.tensor(self._received)
+        self._pending = (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True))
+        return agreed
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._received == EXIT_CODES[signal.SIGINT]:
+            raise KeyboardInterrupt
+        self._received = max(self._received, EXIT_CODES[signal.Signals(number)])
