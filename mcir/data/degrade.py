@@ -198,12 +198,12 @@ def synthetic_depth(height: int, width: int, rng: np.random.Generator) -> Tensor
 def line_kernel(length: float, angle: float) -> Tensor:
     """A straight line through the centre, (2r + 1, 2r + 1) with weights summing to 1.
 
-    `length` in pixels, `angle` in degrees against the horizontal, counter-clockwise. Points less than a hundredth of a
-    pixel apart are shared among their four nearest pixels, so that length and angle act continuously.
+    `length` in pixels, `angle` in degrees against the horizontal, counter-clockwise. Points a twentieth of a pixel
+    apart, or less, are shared among their four nearest pixels, so that length and angle act continuously.
     """
     radius = int(np.ceil((max(length, 1) - 1) / 2))
     reach = (max(length, 1) - 1) / 2
-    along = np.linspace(-reach, reach, 200 * radius + 1)
+    along = np.linspace(-reach, reach, 40 * radius + 1)
     x = radius + along * np.cos(np.deg2rad(angle))
     y = radius - along * np.sin(np.deg2rad(angle))
     centres = np.arange(2 * radius + 1)
@@ -237,6 +237,7 @@ def _convolve(image: Tensor, kernel: Tensor) -> Tensor:
 
 def _convolve_inside(image: Tensor, kernel: Tensor) -> Tensor:
     """(C, H, W) to (C, H - h + 1, W - w + 1), where the kernel (h, w) lies inside. By FFT: 5 ms where sums take 50."""
-    size = image.shape[-2:]
-    product = torch.fft.rfft2(image) * torch.fft.rfft2(kernel.to(image.dtype), s=size)
-    return torch.fft.irfft2(product, s=size)[:, kernel.shape[0] - 1 :, kernel.shape[1] - 1 :]
+    size = [-(-side // 32) * 32 for side in image.shape[-2:]]  # sizes with large prime factors are slow
+    product = torch.fft.rfft2(image, s=size) * torch.fft.rfft2(kernel.to(image.dtype), s=size)
+    bottom, right = image.shape[-2:]
+    return torch.fft.irfft2(product, s=size)[:, kernel.shape[0] - 1 : bottom, kernel.shape[1] - 1 : right]
