@@ -13,8 +13,9 @@ from mcir.archs.ffanet import Ffanet
 from mcir.archs.idt import Idt
 from mcir.archs.nafnet import Nafnet
 from mcir.archs.swinir import Swinir
+from mcir.archs.zoo import Imported, Zoo
 
-AnyArch = Annotated[Dehazeformer | Edsr | Ffanet | Idt | Nafnet | Swinir, Field(discriminator="name")]
+AnyArch = Annotated[Dehazeformer | Edsr | Ffanet | Idt | Imported | Nafnet | Swinir | Zoo, Field(discriminator="name")]
 
 __all__ = ["AnyArch", "Arch", "Descriptor", "build", "parse"]
 

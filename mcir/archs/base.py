@@ -27,12 +27,16 @@ class Descriptor:
     """The only side the network accepts (IDT: 128); larger images are tiled."""
     tile_overlap: int = 0
     """Overlap of neighbouring tiles, in input pixels, of the official tiled test."""
+    square: bool = False
+    """Whether the caller also pads the shorter side up to the longer (Uformer)."""
     blocks: tuple[str, ...] = ()
     """Class names of the repeated blocks: FSDP2 shards by them, `compile` compiles them one by one."""
     channels_last: bool = False
     """Whether the channels_last memory format pays on this network."""
     bf16: bool = True
     """Whether the network trains in bf16 autocast."""
+    unused_parameters: bool = False
+    """Whether some parameters never get a gradient, which DDP must be told to look for."""
 
 
 class Arch(BaseModel, ABC):
