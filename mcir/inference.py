@@ -132,13 +132,13 @@ def restore_padded(
 def padded_size(descriptor: Descriptor, height: int, width: int) -> tuple[int, int]:
     """(height, width) that the network sees of an image of this size."""
     multiple = descriptor.size_multiple
-    always_more = descriptor.pad_mode == "flip" and multiple > 1
-    least = max(descriptor.min_size, descriptor.fixed_size or 1, max(height, width) if descriptor.square else 1)
+    extra = 1 if descriptor.pad_mode == "flip" and multiple > 1 else 0
+    least = max(descriptor.min_size, descriptor.fixed_size or 1)
     height, width = (
-        multiple * max(side // multiple + 1 if always_more else 1, math.ceil(max(side, least) / multiple))
+        multiple * max(math.ceil(side / multiple) if not extra else side // multiple + 1, math.ceil(least / multiple))
         for side in (height, width)
     )
-    return height, width
+    return (max(height, width),) * 2 if descriptor.square else (height, width)
 
 
 def mirrored(length: int, target: int, mode: Literal["reflect", "flip"], device: torch.device) -> Tensor:

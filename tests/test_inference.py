@@ -55,7 +55,7 @@ descriptors = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     descriptor=descriptors,
     shape=st.tuples(st.integers(1, 2), st.just(3), st.integers(1, 70), st.integers(1, 70)),
