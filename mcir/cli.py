@@ -33,7 +33,7 @@ def train(
     resume: Annotated[
         str,
         typer.Option(
-            help="never: a new run directory. auto: go on with the newest checkpoint, or begin. PATH: a run or checkpoint."
+            help="never: a new run directory. auto: go on with the newest checkpoint, or begin. PATH: that run's."
         ),
     ] = "never",
 ) -> None:

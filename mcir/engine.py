@@ -216,6 +216,9 @@ class Engine:
     def save(self) -> Path:
         """Write a checkpoint of this moment and prune older ones. Collective."""
         accelerator, files = self.accelerator, dict[str, dict[str, Tensor]]()
+        checksums = accelerator.gather(self.negatives.checksum().to(accelerator.device).reshape(1))
+        if len(checksums.unique()) > 1:
+            raise RuntimeError(f"the negatives differ between ranks at step {self.num_steps}: {checksums.tolist()}")
         main = accelerator.is_main_process
         model = _collect(full_params(accelerator, self.model), main)
         ema = _collect(self.ema.full(), main) if self.ema else {}

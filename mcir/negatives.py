@@ -82,6 +82,12 @@ class Negatives(nn.Module):
         """Steps since each negative's last update."""
         return [step % schedule.update_every for schedule in self.schedules]
 
+    @torch.no_grad()
+    def checksum(self) -> Tensor:
+        """The sum of all weights' bit patterns, an int64 scalar on the device: equal on all ranks, or there is a bug."""
+        bits = [p.view(torch.int32).sum(dtype=torch.int64) for p in self.nets.parameters()]
+        return torch.stack(bits).sum() if bits else torch.zeros((), dtype=torch.int64)
+
     def _attached(self) -> tuple[Accelerator, nn.Module]:
         if self._target is None:
             raise RuntimeError("call negatives.sync(accelerator, model) once, after accelerator.prepare")

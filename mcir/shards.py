@@ -179,7 +179,7 @@ def _zero_set_master(parameter: nn.Parameter, value: Tensor, moment: str | None 
             pieces.safe_set_full_optimizer_state(parameter, value, moment)
         return
     # Stage 3 pads the last rank's piece, which DeepSpeed's own safe_set_full_* overruns.
-    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()  # type: ignore[attr-defined]
     padded = value.new_zeros(size * torch.distributed.get_world_size())
     padded[: value.numel()] = value.flatten()
     piece = padded[size * rank : size * (rank + 1)]

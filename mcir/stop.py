@@ -3,6 +3,7 @@ step."""
 
 import signal
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +19,7 @@ class StopRequest:
 
     def __init__(self, accelerator: Accelerator) -> None:
         # A gloo group of its own: the flag never waits for the GPU.
-        self._group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self._received = 0
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
 
@@ -43,7 +44,9 @@ class StopRequest:
             work.wait()
             agreed = int(flag)
         flag = torch.tensor(self._received)
-        self._pending = (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True))
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._pending = (flag, work)
         return agreed
 
     def _note(self, number: int, frame: FrameType | None) -> None:

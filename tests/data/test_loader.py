@@ -1,0 +1,153 @@
+import itertools
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mcir.config import validate
+from mcir.data.loader import DataConfig, Loader
+from mcir.data.resize import imresize
+from mcir.data.sources import ParquetSource
+from mcir.errors import UserError
+from tests.runs import png, tiny_config, write_dataset
+
+BICUBIC = {"name": "bicubic", "scale": 2}
+
+
+def config(folder, **overrides) -> DataConfig:
+    source = {"format": "parquet", "path": str(folder)}
+    train = [{"source": source, "degradation": BICUBIC}]
+    return DataConfig.model_validate({"train": train, "crop_size": 16, "num_workers": 0, "shuffle_buffer": 8} | overrides)
+
+
+def loader(data, batch_size=4, rank=0, world_size=1, position=0, scale=2) -> Loader:
+    made = Loader(data, scale=scale, batch_size=batch_size, seed=3, rank=rank, world_size=world_size)
+    made.position = position
+    return made
+
+
+def samples(data, num_batches, world_size=1, position=0, batch_size=12) -> list[tuple[str, bytes]]:
+    """(key, pixels) in the order of the global batches, from `world_size` ranks."""
+    ranks = [iter(loader(data, batch_size, rank, world_size, position)) for rank in range(world_size)]
+    taken = []
+    for _ in range(num_batches):
+        shares = [next(rank) for rank in ranks]
+        for i in range(batch_size):
+            share = shares[i % world_size]
+            taken.append((share.key[i // world_size], share.clean[i // world_size].numpy().tobytes()))
+    return taken
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("loader"), num_rows=31, num_shards=4)  # 31: divides by nothing
+
+
+def test_each_epoch_holds_every_sample_once(folder):
+    batches = iter(loader(config(folder), batch_size=1))
+    keys = [next(batches).key[0] for _ in range(3 * 31)]
+    for epoch in range(3):
+        assert Counter(keys[epoch * 31 : (epoch + 1) * 31]) == Counter(f"{i:03d}" for i in range(31))
+    assert keys[:31] != keys[31:62]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_same_samples_for_any_workers_and_world_size_from_any_position(folder, num_workers, world_size):
+    """Kill and resume at any step with another number of processes and workers: exactly what was not yet seen."""
+    expected = samples(config(folder), 8)
+    for stop in (0, 1, 5):
+        data = config(folder, num_workers=num_workers)
+        assert samples(data, 8 - stop, world_size, position=stop * 12) == expected[stop * 12 :]
+        if num_workers and stop:
+            break  # starting worker processes is slow
+
+
+def test_crops_are_aligned_and_equal_the_degraded_whole(folder):
+    """The degraded crop is a window of the whole image resized, and its clean crop the matching window."""
+    originals = {row.key: row for row in ParquetSource(path=str(folder)).open()}
+    from mcir.data.decode import decode
+
+    batch = next(iter(loader(config(folder, augment="none"), batch_size=12)))
+    for key, degraded, clean in zip(batch.key, batch.degraded, batch.clean, strict=True):
+        whole = decode(originals[key].clean, key)
+        small = imresize(whole, 1 / 2)
+        windows = [
+            (y, x)
+            for y, x in itertools.product(range(9), range(9))
+            if torch.equal(small[:, y : y + 8, x : x + 8] / 255, degraded)
+        ]
+        assert any(torch.equal(whole[:, 2 * y : 2 * y + 16, 2 * x : 2 * x + 16] / 255, clean) for y, x in windows)
+
+
+def test_a_mixture_draws_from_all_sources(folder, tmp_path):
+    other = write_dataset(tmp_path / "other", num_rows=10, scale=2)
+    train = [
+        {"source": {"format": "parquet", "path": str(folder)}, "degradation": BICUBIC, "weight": 3},
+        {"source": {"format": "parquet", "path": str(other)}, "weight": 1},
+    ]
+    data = config(folder, train=train)
+    expected = samples(data, 10)
+    assert samples(data, 4, world_size=2, position=6 * 12) == expected[6 * 12 :]
+
+
+def test_flips_as_idt_draws_them(folder):
+    data = config(folder, augment="flips")
+    assert len(samples(data, 3)) == 36
+
+
+def broken(folder, clean: bytes, degraded: bytes | None = None):
+    folder.mkdir(parents=True, exist_ok=True)
+    good = png(np.zeros((32, 32, 3), np.uint8))
+    columns = {"key": ["a", "b"], "clean": [{"bytes": good, "path": None}, {"bytes": clean, "path": None}]}
+    if degraded:
+        half = png(np.zeros((16, 16, 3), np.uint8))
+        columns["degraded"] = [{"bytes": half, "path": None}, {"bytes": degraded, "path": None}]
+    pq.write_table(pa.table(columns), folder / "0.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_truncated_image_stops_the_run_with_file_row_and_reason(tmp_path, num_workers):
+    data = config(broken(tmp_path, png(np.zeros((32, 32, 3), np.uint8))[:60]), num_workers=num_workers)
+    with pytest.raises(UserError, match=r"0\.parquet, row 1 \(key b\)"):
+        next(iter(loader(data, batch_size=2)))
+
+
+def test_skip_leaves_the_row_out_and_counts_it(tmp_path):
+    made = loader(config(broken(tmp_path, b"not an image"), on_error="skip"), batch_size=2)
+    batches = iter(made)
+    assert [next(batches).key for _ in range(3)] == [["a"]] * 3
+    assert (made.num_skipped, made.position) == (3, 6)
+
+
+def test_sizes_that_do_not_fit(tmp_path):
+    with pytest.raises(UserError, match="smaller than the crop of 64"):
+        next(iter(loader(config(write_dataset(tmp_path / "small"), crop_size=64))))
+    pair = broken(tmp_path / "pair", png(np.zeros((32, 32, 3), np.uint8)), png(np.zeros((20, 16, 3), np.uint8)))
+    train = [{"source": {"format": "parquet", "path": str(pair)}}]
+    with pytest.raises(UserError, match="degraded is 20 x 16 and clean 32 x 32"):
+        next(iter(loader(config(pair, train=train), batch_size=2)))
+
+
+def test_datasets_that_cannot_be_opened(tmp_path):
+    (tmp_path / "empty").mkdir()
+    pq.write_table(pa.table({"image": [1]}), tmp_path / "columns.parquet")
+    (tmp_path / "garbage.parquet").write_bytes(b"garbage")
+    for path, message in [
+        (tmp_path / "empty", "no Parquet files"),
+        (tmp_path / "columns.parquet", "no column clean, key"),
+        (tmp_path / "garbage.parquet", "not a readable Parquet file"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            next(iter(loader(config(path))))
+
+
+def test_a_source_without_degraded_images_needs_a_degradation(tmp_path):
+    values = tiny_config(tmp_path)
+    del values["data"]["train"][0]["degradation"]
+    with pytest.raises(UserError, match="has no degraded image"):
+        next(iter(loader(validate(values, "x").data)))

@@ -1,0 +1,123 @@
+"""ddp, fsdp2, zero2 and zero3 on two gloo processes, through the user's command: the same training, the same negatives."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.distributed.launch import ROOT, run, write_config
+from tests.runs import tiny_config
+
+pytest.importorskip("deepspeed")
+STRATEGIES = ["ddp", "fsdp2", "zero2", "zero3"]
+MIDDLE, LAST = "step-00000010", "step-00000020"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    if shutil.which("c++") is None:
+        pytest.skip("DeepSpeed compiles its shared-memory collective once: a C++ compiler is needed")
+    folder = tmp_path_factory.mktemp("strategies")
+    values = tiny_config(folder, steps=20, checkpoint={"every": 10}, tracking={"log_every": 1})
+    write_config(folder / "config.yaml", values)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder) -> dict[str, Path]:
+    """Run directories of 20 steps with three negatives, by strategy."""
+    for name in ["single", *STRATEGIES]:
+        launch_file = name if name == "single" else f"{name}_cpu"
+        process = run(launch_file, "train", str(folder / "config.yaml"), f"name={name}")
+        assert process.returncode == 0, process.stdout
+    return {name: folder / "runs" / name for name in ["single", *STRATEGIES]}
+
+
+def losses(run_dir: Path, tag: str) -> list[float]:
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    return [event.value for event in events.Scalars(tag)]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint; the optimizer's are one set however many processes wrote them."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    return {f"{file.name.split('-')[0]}:{key}": value for file in files for key, value in load_file(file).items()}
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        assert torch.allclose(value, b[key], rtol=1e-5, atol=1e-5), (key, (value - b[key]).abs().max())
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_trains_what_one_process_trains(runs, name):
+    for tag in ("loss/total", "loss/reconstruction", "loss/spn"):
+        single, sharded = losses(runs["single"], tag), losses(runs[name], tag)
+        assert len(single) == 20
+        assert max(abs(a - b) for a, b in zip(single, sharded, strict=True)) < 1e-5
+    single = tensors(runs["single"] / "checkpoints" / LAST)
+    assert {"model.safetensors:body.0.conv1.weight", "negatives.safetensors:2.conv_last.bias"} <= single.keys()
+    assert {"ema.safetensors:conv_first.bias", "optimizer:body.0.conv1.weight/exp_avg_sq"} <= single.keys()
+    assert_close(single, tensors(runs[name] / "checkpoints" / LAST))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_resuming_is_exact_to_the_bit(folder, runs, name):
+    middle = str(runs[name] / "checkpoints" / MIDDLE)
+    arguments = ("train", str(folder / "config.yaml"), f"name=resumed-{name}", "--resume", middle)
+    process = run(f"{name}_cpu", *arguments)
+    assert process.returncode == 0, process.stdout
+    whole = tensors(runs[name] / "checkpoints" / LAST)
+    resumed = tensors(folder / "runs" / f"resumed-{name}" / "checkpoints" / LAST)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("written_by", "read_by", "num_processes"),
+    [("zero3", "single", 1), ("single", "zero2", 2), ("zero2", "fsdp2", 4), ("fsdp2", "zero3", 2), ("ddp", "fsdp2", 2)],
+)
+def test_any_strategy_goes_on_from_any_other(folder, runs, written_by, read_by, num_processes):
+    """Weights, moments, EMA, negatives and data position pass from one strategy and process count to another."""
+    middle = str(runs[written_by] / "checkpoints" / MIDDLE)
+    name = f"{written_by}-to-{read_by}-{num_processes}"
+    launch_file = read_by if read_by == "single" else f"{read_by}_cpu"
+    arguments = ("train", str(folder / "config.yaml"), f"name={name}", "--resume", middle)
+    process = run(launch_file, *arguments, num_processes=num_processes)
+    assert process.returncode == 0, process.stdout
+    got = tensors(folder / "runs" / name / "checkpoints" / LAST)
+    assert_close(tensors(runs["single"] / "checkpoints" / LAST), got)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_inside_the_processes(folder, name):
+    """Shards are real, negatives equal on both ranks to the bit at every step, and NaN on one rank skips the step on both."""
+    output = folder / f"inspect-{name}"
+    output.mkdir()
+    values = [str(folder / "config.yaml"), str(output)]
+    process = run(f"{name}_cpu", *values, script=str(ROOT / "tests" / "distributed" / "inspect_shards.py"))
+    assert process.returncode == 0, process.stdout
+    ranks = [json.loads((output / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for record in ranks:
+        assert record["strategy"] == name
+        assert all(a == b for a, b in record["checksums"])
+        assert len({a for a, _ in record["checksums"]}) > 3  # and they do change
+        assert record["skipped"] == [0, 0, 1, 0, 0, 0]
+        assert record["finite"]
+        assert record["negative_dtypes"] == ["torch.float32"]
+        assert not record["negative_gradients"]
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    total = ranks[0]["global"]
+    if name == "ddp":
+        assert [record["local"] for record in ranks] == [total, total]
+    else:
+        assert all(record["local"] < 0.6 * total for record in ranks)
+    if name == "fsdp2":
+        assert [record["uneven"][0][0] for record in ranks] == [4, 3]  # 7 features over two ranks
+    if name == "zero3":
+        assert all(record["partitioned"] < 0.6 * total for record in ranks)

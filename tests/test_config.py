@@ -1,0 +1,112 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from mcir.config import RunConfig, dump, load, validate
+from mcir.errors import UserError
+from tests.runs import tiny_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+
+
+def mistakes(values) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(values, "test")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(CONFIGS[0].parents[1])) for path in CONFIGS])
+def test_shipped_configs_are_valid_and_load_back_equal(path, tmp_path):
+    config = load([path])
+    (tmp_path / "resolved.yaml").write_text(dump(config))
+    assert load([tmp_path / "resolved.yaml"]) == config
+
+
+def test_every_mistake_is_reported_at_once_with_its_path(tmp_path):
+    values = tiny_config(tmp_path)
+    values["batchsize"] = 4
+    values["arch"]["num_feature"] = 16
+    values["optim"]["optimizer"]["learning_rate"] = 1
+    values["optim"]["schedule"] = {"name": "cosin"}
+    values["data"]["train"][0]["degradation"]["scal"] = 2
+    values["data"]["train"][0]["source"]["format"] = "parket"
+    values["objective"]["spn"]["negatives"][1]["decay"] = 1.5
+    values["objective"]["spn"]["features"]["layers"] = {"relu9_9": 1.0}
+    del values["steps"]
+    text = mistakes(values)
+    for line in [
+        "batchsize: no such field, do you mean batch_size?",
+        "arch.num_feature: no such field, do you mean num_features?",
+        "optim.optimizer.learning_rate: no such field",
+        "optim.schedule.name: cosin is none of constant, cosine, multistep, do you mean cosine?",
+        "data.train.0.degradation.scal: no such field, do you mean scale?",
+        "data.train.0.source.format: parket is none of",
+        "objective.spn.negatives.1.decay: Input should be less than 1 (given: 1.5)",
+        "objective.spn.features.layers: no layer relu9_9",
+        "steps: required and not given",
+    ]:
+        assert line in text
+    assert "data.train.0.degradation.scale: required and not given" in text
+    assert "10 mistakes" in text
+
+
+def test_contradictions_between_fields(tmp_path):
+    values = tiny_config(tmp_path, batch_size=5, accumulate=2)
+    values["data"]["crop_size"] = 15
+    values["data"]["train"][0]["degradation"]["scale"] = 3
+    text = mistakes(values)
+    assert "batch_size: 5 is no multiple of accumulate, 2" in text
+    assert "data.crop_size: 15 is no multiple of the network's scale 2" in text
+    assert "data.train.0.degradation: its scale is 3, the network's is 2" in text
+
+
+def test_files_merge_left_to_right_and_overrides_come_last(tmp_path):
+    (tmp_path / "a.yaml").write_text(dump(validate(tiny_config(tmp_path), "tiny")))
+    overlay = "optim: {schedule: {name: multistep, milestones: [3]}}\nsteps: 7\nobjective: {reconstruction: {name: psnr}}\n"
+    (tmp_path / "b.yaml").write_text(overlay)
+    paths = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    config = load(paths, ["optim.optimizer.lr=1e-4", "objective.spn.negatives.1.decay=0.25", "name=no"])
+    assert config.steps == 7
+    assert config.optim.schedule.name == "multistep"  # replaces the constant schedule, whose fields are not its own
+    assert config.objective.reconstruction.name == "psnr"
+    assert config.optim.optimizer.lr == 1e-4
+    assert config.objective.spn is not None
+    assert config.objective.spn.negatives[1].decay == 0.25
+    assert config.objective.spn.negatives[0].decay == 0.5
+    assert config.name == "no"  # YAML 1.2: not a boolean
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 1\nsteps: 2\n", "line 2"),
+        ("steps: [1\n", "line"),
+        ("- 1\n", "is not a mapping"),
+    ],
+)
+def test_broken_files_are_named_with_the_line(tmp_path, text, message):
+    (tmp_path / "broken.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load([tmp_path / "broken.yaml"])
+    assert "broken.yaml" in str(caught.value)
+
+
+def test_missing_file_and_bad_overrides(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml cannot be read"):
+        load([tmp_path / "nowhere.yaml"])
+    (tmp_path / "a.yaml").write_text(dump(validate(tiny_config(tmp_path), "tiny")))
+    for override, message in [
+        ("steps", "path=value"),
+        ("objective.spn.negatives.9.decay=0.5", "9 is no place in a list of 3"),
+        ("steps.x=1", "steps.x: no such field|inside a plain value|steps"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load([tmp_path / "a.yaml"], [override])
+
+
+def test_every_section_of_the_schema_is_described():
+    schema = RunConfig.model_json_schema()
+    json.dumps(schema)
+    for name, section in schema["$defs"].items():
+        assert section.get("description") or "properties" not in section, name
