@@ -159,7 +159,9 @@ def validate(values: Mapping[str, Any], name: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {line}" for line in dict.fromkeys(_explain(fault, values) for fault in error.errors())]
+        # A list whose items are wrong is also reported as too short: that is no mistake of the user's.
+        faults = [f for f in error.errors() if f["type"] != "too_short" or len(f["input"]) < f["ctx"]["min_length"]]
+        lines = [f"  {line}" for line in dict.fromkeys(_explain(fault, values) for fault in faults)]
         raise UserError(f"{name}: {len(lines)} mistake{'s' if len(lines) > 1 else ''}\n" + "\n".join(lines)) from None
 
 

@@ -47,8 +47,7 @@ def test_every_mistake_is_reported_at_once_with_its_path(tmp_path):
         "steps: required and not given",
     ]:
         assert line in text
-    assert "data.train.0.degradation.scale: required and not given" in text
-    assert "10 mistakes" in text
+    assert "9 mistakes" in text
 
 
 def test_contradictions_between_fields(tmp_path):
@@ -63,7 +62,9 @@ def test_contradictions_between_fields(tmp_path):
 
 def test_files_merge_left_to_right_and_overrides_come_last(tmp_path):
     (tmp_path / "a.yaml").write_text(dump(validate(tiny_config(tmp_path), "tiny")))
-    overlay = "optim: {schedule: {name: multistep, milestones: [3]}}\nsteps: 7\nobjective: {reconstruction: {name: psnr}}\n"
+    overlay = (
+        "optim: {schedule: {name: multistep, milestones: [3]}}\nsteps: 7\nobjective: {reconstruction: {name: psnr}}\n"
+    )
     (tmp_path / "b.yaml").write_text(overlay)
     paths = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
     config = load(paths, ["optim.optimizer.lr=1e-4", "objective.spn.negatives.1.decay=0.25", "name=no"])

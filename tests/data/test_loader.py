@@ -20,7 +20,9 @@ BICUBIC = {"name": "bicubic", "scale": 2}
 def config(folder, **overrides) -> DataConfig:
     source = {"format": "parquet", "path": str(folder)}
     train = [{"source": source, "degradation": BICUBIC}]
-    return DataConfig.model_validate({"train": train, "crop_size": 16, "num_workers": 0, "shuffle_buffer": 8} | overrides)
+    return DataConfig.model_validate(
+        {"train": train, "crop_size": 16, "num_workers": 0, "shuffle_buffer": 8} | overrides
+    )
 
 
 def loader(data, batch_size=4, rank=0, world_size=1, position=0, scale=2) -> Loader:
