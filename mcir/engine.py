@@ -252,6 +252,12 @@ class Engine:
         """Continue from a checkpoint, whatever strategy and number of processes wrote it. Collective."""
         state: dict[str, Any] = checkpoint.state
         model, moments = checkpoint.reader("model.safetensors"), checkpoint.reader("optimizer-*.safetensors")
+        for key, own in self.replica.state_dict().items():
+            saved = _strict(model, checkpoint)(key)
+            if saved.shape != own.shape:
+                raise UserError(
+                    f"{checkpoint.path}: {key} has another shape, {list(saved.shape)}, than the network's {list(own.shape)}"
+                )
         load_full_params(self.accelerator, self.model, _strict(model, checkpoint))
         load_full_moments(self.accelerator, self.model, self.optimizer, moments)
         if self.ema:

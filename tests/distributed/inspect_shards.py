@@ -1,4 +1,5 @@
-"""Started by test_strategies.py on every rank: trains a few steps and records what can only be seen inside the processes."""
+"""Started by test_strategies.py on every rank: trains a few steps and records what can only be seen inside the
+processes."""
 
 import json
 import sys

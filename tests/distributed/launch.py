@@ -1,4 +1,5 @@
-"""Runs the user's command, `accelerate launch --config_file launch/accelerate/NAME.yaml -m mcir train ...`, for real."""
+"""Runs the user's command, `accelerate launch --config_file launch/accelerate/NAME.yaml -m mcir train ...`, for
+real."""
 
 import os
 import subprocess

@@ -1,4 +1,5 @@
-"""ddp, fsdp2, zero2 and zero3 on two gloo processes, through the user's command: the same training, the same negatives."""
+"""ddp, fsdp2, zero2 and zero3 on two gloo processes, through the user's command: the same training, the same
+negatives."""
 
 import json
 import shutil
@@ -96,7 +97,8 @@ def test_any_strategy_goes_on_from_any_other(folder, runs, written_by, read_by, 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_inside_the_processes(folder, name):
-    """Shards are real, negatives equal on both ranks to the bit at every step, and NaN on one rank skips the step on both."""
+    """Shards are real, negatives equal on both ranks to the bit at every step, and NaN on one rank skips the step
+    on both."""
     output = folder / f"inspect-{name}"
     output.mkdir()
     values = [str(folder / "config.yaml"), str(output)]

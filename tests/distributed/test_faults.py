@@ -1,0 +1,123 @@
+"""Signals and sudden deaths in real runs of two processes: what was saved is whole, and the run goes on from it."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from mcir.checkpoint import damage
+from tests.distributed.launch import command, environment, run, write_config
+from tests.runs import tiny_config
+
+
+def start(launch_file: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(launch_file, *arguments),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def process_of_rank(launcher: subprocess.Popen[str], rank: int) -> int:
+    """The pid of a rank: the child of the launcher that has RANK in its environment."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            variables = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == launcher.pid and f"RANK={rank}".encode() in variables:
+            return int(entry.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def wait_for_line(process: subprocess.Popen[str], beginning: str) -> list[str]:
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(beginning):
+            return lines
+    raise AssertionError("".join(lines))
+
+
+def end(process: subprocess.Popen[str], timeout: float = 60) -> str:
+    """The rest of the output; whatever is left of the process group is killed."""
+    try:
+        return process.communicate(timeout=timeout)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    values = tiny_config(tmp_path, steps=100_000, checkpoint={"every": 5, "keep_last": 3}, tracking={"log_every": 1})
+    return write_config(tmp_path / "config.yaml", values)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(config, tmp_path, number):
+    process = start("ddp_cpu", "train", str(config))
+    wait_for_line(process, "step 7/")
+    os.kill(process_of_rank(process, 1), number)
+    output = end(process)
+    assert process.returncode != 0
+    assert "go on with --resume auto" in output
+    last = sorted((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*"))[-1]
+    step = int(last.name.removeprefix("step-"))
+    assert f"stopped at step {step}" in output
+    assert damage(last) is None
+    finished = run("ddp_cpu", "train", str(config), f"steps={step + 2}", "--resume", "auto")
+    assert finished.returncode == 0, finished.stdout
+    assert f"step {step + 1}/" in finished.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_exit_codes_of_one_process(config, tmp_path, number, code):
+    process = start("single", "train", str(config))
+    wait_for_line(process, "step 3/")
+    os.kill(process.pid, number)
+    output = end(process)
+    assert process.returncode == code, output
+    assert "stopped at step" in output
+
+
+def kill_at_random(config: Path, folder: Path, launch_file: str, rounds: int, seed: int) -> None:
+    """Kill one rank with SIGKILL at a random moment, again and again; every time the newest checkpoint is whole and
+    the next start goes on from it."""
+    draw = random.Random(seed)
+    checkpoints = folder / "runs" / "tiny" / "checkpoints"
+    reached = 0
+    for _ in range(rounds):
+        process = start(launch_file, "train", str(config), "checkpoint.every=1", "--resume", "auto")
+        lines = wait_for_line(process, "step ")
+        first = int(lines[-1].split()[1].split("/")[0])
+        assert first == reached + 1
+        time.sleep(draw.uniform(0, 1.5))  # with a checkpoint every step, often in the middle of a save
+        os.kill(process_of_rank(process, draw.randrange(2)), signal.SIGKILL)
+        end(process)
+        assert process.returncode != 0
+        saved = sorted(checkpoints.glob("step-*"))
+        reached = int(saved[-1].name.removeprefix("step-")) if saved else 0
+        assert all(damage(path) is None for path in saved)
+
+
+def test_sudden_death_of_a_rank(config, tmp_path):
+    kill_at_random(config, tmp_path, "ddp_cpu", rounds=3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch_file", ["ddp_cpu", "fsdp2_cpu", "zero3_cpu"])
+def test_sudden_death_of_a_rank_many_times(config, tmp_path, launch_file):
+    kill_at_random(config, tmp_path, launch_file, rounds=10, seed=1)
