@@ -21,7 +21,7 @@ def difference(first: Tensor, second: Tensor) -> Tensor:
 
 
 def agreement(divergence: Tensor, degradation: Tensor) -> float:
-    """Pearson's correlation of two maps (H, W): 1 if the models differ just where it was degraded, NaN for a flat map."""
+    """Pearson correlation of two maps (H, W): 1 if the models differ just where it was degraded, NaN if one is flat."""
     return float(torch.corrcoef(torch.stack([divergence.flatten(), degradation.flatten()]).double())[0, 1])
 
 
