@@ -1,0 +1,291 @@
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from ruamel.yaml import YAML
+from torchvision.transforms.functional import center_crop
+
+from mcir.data import pack as pack_module
+from mcir.data.card import checksums
+from mcir.data.layouts import find_pairs, pair_folders
+from mcir.data.pack import Options, crop_positions, pack
+from mcir.errors import UserError
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def noise(height: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def pixels(image: dict) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [row for shard in sorted(folder.glob("*.parquet")) for row in pq.read_table(shard).to_pylist()]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Twelve pairs at scale 2, in two formats; degraded is every second pixel of clean, so crops can be checked."""
+    for i in range(12):
+        clean = noise(40 + 2 * i, 61, i)
+        save(tmp_path / f"clean/{i:02}.{'bmp' if i == 7 else 'png'}", clean)
+        save(tmp_path / f"degraded/{i:02}.png", clean[:-1:2, :-1:2])
+    return pair_folders(tmp_path / "clean", tmp_path / "degraded", scale=2)
+
+
+def test_whole_images_keep_their_bytes(photographs, tmp_path):
+    shards = pack(photographs, tmp_path / "out", Options(num_shards=5))
+    assert [shard.name for shard in shards] == [f"train-{i:05}-of-00005.parquet" for i in range(5)]
+    assert [pq.read_metadata(shard).num_rows for shard in shards] == [2, 2, 3, 2, 3]
+    rows = {row["key"]: row for row in rows_of(tmp_path / "out")}
+    assert sorted(rows) == [f"{i:02}" for i in range(12)]
+    for pair in photographs.samples:
+        assert rows[pair.key]["clean"] == {"bytes": pair.clean.read_bytes(), "path": pair.clean.name}
+        assert rows[pair.key]["degraded"] == {"bytes": pair.degraded.read_bytes(), "path": pair.degraded.name}
+
+
+def test_rows_are_shuffled_by_the_seed(photographs, tmp_path):
+    orders = []
+    for name, seed in [("a", 0), ("b", 0), ("c", 1), ("d", None)]:
+        pack(photographs, tmp_path / name, Options(seed=seed))
+        orders.append([row["key"] for row in rows_of(tmp_path / name)])
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[3] == sorted(orders[0]) != orders[0]
+
+
+def test_clean_images_alone_have_no_degraded_column(photographs, tmp_path):
+    pack(pair_folders(tmp_path / "clean"), tmp_path / "out", Options(shard_bytes=20_000))
+    assert set(rows_of(tmp_path / "out")[0]) == {"clean", "key"}
+    assert len(list((tmp_path / "out").glob("*.parquet"))) == -(-sum(
+        p.stat().st_size for p in (tmp_path / "clean").iterdir()
+    ) // 20_000)  # fmt: skip
+
+
+def test_crops_cover_as_the_published_sub_images_do():
+    # DIV2K's 0001.png is 1404 x 2040 and has the sub-images 0001_s001 to 0001_s040 (480 pixels, 240 apart).
+    rows, columns = crop_positions(1404, 480, 240), crop_positions(2040, 480, 240)
+    assert rows == [0, 240, 480, 720, 924]
+    assert columns == [0, 240, 480, 720, 960, 1200, 1440, 1560]
+    assert crop_positions(960, 480, 240) == [0, 240, 480]
+    assert crop_positions(480, 480, 240) == [0]
+    assert crop_positions(300, 480, 240) == [0]
+
+
+@pytest.mark.parametrize("crop_format", ["png", "webp"])
+def test_crops_are_cut_from_both_halves_at_the_same_place(photographs, tmp_path, crop_format):
+    options = Options(crop_size=24, crop_step=16, num_shards=3, crop_format=crop_format)
+    pack(photographs, tmp_path / "out", options)
+    rows = rows_of(tmp_path / "out")
+    found = {row["key"]: row for row in rows}
+    assert len(found) == len(rows)
+    num_expected = 0
+    for pair in photographs.samples:
+        clean = np.array(Image.open(pair.clean).convert("RGB"))
+        clean = clean[: len(clean) // 2 * 2, :60]
+        corners = [(y, x) for y in crop_positions(len(clean), 24, 16) for x in crop_positions(60, 24, 16)]
+        num_expected += len(corners)
+        for number, (y, x) in enumerate(corners, start=1):
+            row = found[f"{pair.key}_s{number:03}"]
+            np.testing.assert_array_equal(pixels(row["clean"]), clean[y : y + 24, x : x + 24])
+            np.testing.assert_array_equal(pixels(row["degraded"]), clean[y : y + 24 : 2, x : x + 24 : 2])
+            assert row["clean"]["path"] == f"{pair.key}_s{number:03}.{crop_format}"
+    assert len(rows) == num_expected
+    assert not (tmp_path / "out/.spool").exists()
+
+
+def test_an_image_smaller_than_the_crop_is_one_row(tmp_path):
+    save(tmp_path / "clean/a.png", noise(20, 70, 0))
+    pack(pair_folders(tmp_path / "clean"), tmp_path / "out", Options(crop_size=32))
+    assert {row["key"]: pixels(row["clean"]).shape[:2] for row in rows_of(tmp_path / "out")} == {
+        "a_s001": (20, 32),
+        "a_s002": (20, 32),
+        "a_s003": (20, 32),
+    }
+
+
+def test_reside_clear_images_are_cut_to_their_centre(tmp_path):
+    clear = noise(48, 65, 0)
+    save(tmp_path / "clear/1.png", clear)
+    save(tmp_path / "hazy/1_1_0.9.png", noise(46, 62, 1))
+    save(tmp_path / "hazy/1_2_0.8.png", noise(48, 65, 2))
+    pack(find_pairs("reside-its", tmp_path), tmp_path / "out", Options())
+    rows = {row["key"]: row for row in rows_of(tmp_path / "out")}
+    expected = center_crop(torch.from_numpy(clear).permute(2, 0, 1), [46, 62]).permute(1, 2, 0)  # as FFA-Net reads it
+    np.testing.assert_array_equal(pixels(rows["1_1_0.9"]["clean"]), expected)
+    assert rows["1_2_0.8"]["clean"]["bytes"] == (tmp_path / "clear/1.png").read_bytes()
+
+
+def test_row_groups_stay_small(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_module, "ROW_GROUP_BYTES", 30_000)
+    pack(photographs, tmp_path / "out", Options())
+    metadata = pq.read_metadata(next((tmp_path / "out").glob("*.parquet")))
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    assert len(groups) > 2
+    assert all(30_000 <= group.total_byte_size < 50_000 for group in groups[:-1])
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("crop_size", [None, 24])
+def test_a_pack_stopped_anywhere_continues_to_the_same_bytes(photographs, tmp_path, monkeypatch, crop_size):
+    options = Options(num_shards=4, crop_size=crop_size)
+    pack(photographs, tmp_path / "whole", options)
+    expected = digests(tmp_path / "whole")
+    write, fsync, calls = pack_module._write, os.fsync, []
+
+    def stop_at(count: int) -> None:
+        calls.clear()
+
+        def counted(handle: int) -> None:
+            calls.append(handle)
+            if len(calls) == count:
+                raise Killed  # before the rename: the half-written file is left behind
+            fsync(handle)
+
+        monkeypatch.setattr(os, "fsync", counted)
+
+    for stop in (2, 4, 6, 20):
+        output = tmp_path / f"stopped-{stop}"
+        stop_at(stop)
+        try:
+            pack(photographs, output, options)
+        except Killed:
+            assert list(output.rglob("*.part"))
+        monkeypatch.setattr(os, "fsync", fsync)
+        written = {shard: shard.stat().st_mtime_ns for shard in output.glob("*.parquet")}
+        pack(photographs, output, options)
+        assert digests(output) == expected
+        assert not list(output.rglob("*.part"))
+        assert all(shard.stat().st_mtime_ns == before for shard, before in written.items())  # kept, not rewritten
+    assert pack_module._write is write
+    assert pack(photographs, tmp_path / "whole", options) == sorted(
+        (tmp_path / "whole").glob("*.parquet")
+    )  # nothing to do
+
+
+@pytest.mark.slow
+def test_a_killed_pack_of_several_processes_continues_to_the_same_bytes(tmp_path):
+    for i in range(60):
+        save(tmp_path / f"clean/{i:03}.png", noise(150, 150, i))
+    pack(pair_folders(tmp_path / "clean"), tmp_path / "whole", Options(crop_size=50, num_shards=20))
+    program = (
+        "import sys; from pathlib import Path; from mcir.data.layouts import pair_folders;"
+        "from mcir.data.pack import Options, pack\n"
+        "if __name__ == '__main__':\n"
+        "    pack(pair_folders(Path(sys.argv[1])), Path(sys.argv[2]), Options(crop_size=50, num_shards=20), 2)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    output = tmp_path / "out"
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "clean"), str(output)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    kills = 0
+    for wanted in (".spool/*.arrow", "*.parquet"):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        while not list(output.glob(wanted)) and process.poll() is None:
+            time.sleep(0.01)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + 60
+        while group_lives(process.pid):
+            assert time.monotonic() < deadline, "its workers outlive it"
+            time.sleep(0.1)
+    assert kills >= 1
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert digests(output) == digests(tmp_path / "whole")
+
+
+def test_the_card_is_read_by_datasets_and_lists_the_checksums(photographs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from datasets import Image as ImageFeature
+    from datasets import load_dataset
+
+    output = tmp_path / "out"
+    pack(photographs, output, Options(num_shards=2, split="test"))
+    card = (output / "README.md").read_text()
+    front = YAML(typ="safe").load(card.split("---\n")[1])
+    assert front["configs"][0]["data_files"] == [{"split": "test", "path": "test-*.parquet"}]
+    assert front["dataset_info"]["splits"][0]["num_examples"] == 12
+    assert front["dataset_info"]["download_size"] == sum(p.stat().st_size for p in output.glob("*.parquet"))
+    assert front["size_categories"] == ["n<1K"]
+    listed = checksums(card)
+    for shard in output.glob("*.parquet"):
+        sha256 = hashlib.sha256(shard.read_bytes()).hexdigest()
+        assert listed[shard.name] == (pq.read_metadata(shard).num_rows, shard.stat().st_size, sha256)
+    for arguments in ({"path": str(output)}, {"path": "parquet", "data_dir": str(output)}):
+        dataset = load_dataset(**arguments, cache_dir=str(tmp_path / "cache"))["test"]
+        assert dataset.num_rows == 12
+        assert all(isinstance(dataset.features[name], ImageFeature) for name in ("clean", "degraded"))
+        assert dataset[0]["clean"].size[0] == 61
+
+
+def test_what_cannot_be_packed_is_refused_with_its_file(photographs, tmp_path):
+    save(tmp_path / "other/clean/a.png", noise(20, 20, 0))
+    save(tmp_path / "other/degraded/a.png", noise(10, 9, 0))
+    pairs = pair_folders(tmp_path / "other/clean", tmp_path / "other/degraded", scale=2)
+    with pytest.raises(UserError, match=r"clean/a.png is 20 x 20 and .*degraded/a.png 10 x 9: .* should be 10 x 10"):
+        pack(pairs, tmp_path / "out-a", Options())
+    (tmp_path / "other/clean/a.png").write_bytes((tmp_path / "other/clean/a.png").read_bytes()[:300])
+    with pytest.raises(UserError, match=r"clean/a.png: the PNG image is truncated"):
+        pack(pairs, tmp_path / "out-b", Options())
+    deep = tmp_path / "deep/a.png"
+    deep.parent.mkdir()
+    Image.fromarray(np.zeros((20, 20), np.uint16)).save(deep)
+    with pytest.raises(UserError, match=r"deep/a.png has 16 bits a channel"):
+        pack(pair_folders(deep.parent), tmp_path / "out-c", Options(crop_size=10))
+    pack(pair_folders(deep.parent), tmp_path / "out-d", Options())  # whole, it keeps its bytes
+
+
+def test_another_pack_or_other_files_in_the_folder_are_refused(photographs, tmp_path):
+    pack(photographs, tmp_path / "out", Options())
+    with pytest.raises(UserError, match="holds a pack with other options"):
+        pack(photographs, tmp_path / "out", Options(seed=1))
+    with pytest.raises(UserError, match="holds a pack of other images"):
+        pack(pair_folders(tmp_path / "clean", scale=2), tmp_path / "out", Options())
+    with pytest.raises(UserError, match="is not empty"):
+        pack(photographs, tmp_path / "clean", Options())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(crop_size=25), "crop_size must be a positive multiple of the scale 2, not 25"),
+        (Options(crop_size=24, crop_step=0), "crop_step must be a positive multiple"),
+        (Options(crop_step=24), "crop_step is given without crop_size"),
+        (Options(num_shards=13), "13 shards for 12 rows"),
+        (Options(num_shards=0), "at least 1"),
+    ],
+)
+def test_options_that_cannot_be_meant(photographs, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        pack(photographs, tmp_path / "out", options)
