@@ -257,10 +257,11 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise UserError(f"{file}: not a readable safetensors file ({error})") from error
 
 
-def build_from(path: str | Path) -> tuple[nn.Module, Arch, dict[str, str]]:
+def build_from(path: str | Path, allow_import: bool = False) -> tuple[nn.Module, Arch, dict[str, str]]:
     """The network that a file of ours describes, with its weights, in eval mode; its description; the file's metadata.
 
-    Raises UserError when the file does not describe its network (it is not of `save_weights`) or does not fit it.
+    Raises UserError when the file does not describe its network (it is not of `save_weights`), does not fit it, or
+    names a module to import (arch "import") and `allow_import` does not say that the file is trusted to.
     """
     metadata = read_metadata(path)
     if "arch" not in metadata:
@@ -270,7 +271,12 @@ def build_from(path: str | Path) -> tuple[nn.Module, Arch, dict[str, str]]:
         )
     try:
         # The file is the weights: whatever the network was started from is not needed to rebuild it.
-        arch = parse({key: value for key, value in json.loads(metadata["arch"]).items() if key != "weights"})
+        described = {key: value for key, value in json.loads(metadata["arch"]).items() if key != "weights"}
+        if described.get("name") == "import" and not allow_import:
+            raise UserError(
+                f"{path}: asks to import {described.get('target')}; allow it (allow_import) if you trust the file"
+            )
+        arch = parse(described)
     except (ValidationError, ValueError) as error:
         raise UserError(f"{path}: describes a network that this version of mcir does not know ({error})") from error
     net = arch.build()

@@ -8,6 +8,7 @@ windows; the official test script pads before that, always, by mirroring: see th
 from functools import lru_cache, partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from einops import rearrange
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -35,19 +36,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @lru_cache(maxsize=8)
+def _shift_mask(window: int, shift: int, size: tuple[int, int]) -> np.ndarray:
+    """`shift_mask` as numpy: a tensor kept from one call to the next would not survive tracing."""
+    if shift == 0:
+        return np.zeros((1, window**2, window**2), np.float32)
+    row, col = (np.arange(side) >= side - shift for side in size)  # rolled in
+    origin = 2 * row[:, None] + col[None]  # (H, W), the same all over a window but the last of a row or column
+    origin = rearrange(origin, "(rows y) (cols x) -> (rows cols) (y x)", y=window, x=window)
+    return np.where(origin[:, None] != origin[:, :, None], np.float32(-100), np.float32(0))
+
+
 def shift_mask(window: int, shift: int, size: tuple[int, int]) -> Tensor:
     """What to add to the attention scores so that pixels rolled in from the far side do not attend to the others.
 
     0 or -100, (windows, N, N) with N = window^2; (1, N, N) without a shift. In bf16, which holds both values exactly
     and takes on the precision of the scores it is added to.
     """
-    pixels = window**2
-    if shift == 0:
-        return torch.zeros(1, pixels, pixels, dtype=torch.bfloat16)
-    first_row, first_col = (torch.arange(side) >= side - shift for side in size)  # rolled in
-    origin = 2 * first_row[:, None].int() + first_col[None].int()  # (H, W), windows before the last have one origin
-    origin = rearrange(origin, "(rows y) (cols x) -> (rows cols) (y x)", y=window, x=window)
-    return -100 * (origin[:, None] != origin[:, :, None]).bfloat16()
+    return torch.from_numpy(_shift_mask(window, shift, size)).bfloat16()
 
 
 class SwinIR(SpandrelSwinIR):

@@ -36,15 +36,20 @@ def to_unit_range(net: Any, inputs: tuple[Any, ...], output: Any) -> Tensor:
 
 
 # What makes [0, 1] RGB of the output, where the network does not give it (spandrel does it outside the module).
-OUTPUT_HOOKS = {"FBCNN": first_output, "GFPGAN": first_output, "MMRealSR": first_output, "MixDehazeNet": to_unit_range}
+OUTPUT_HOOKS = {
+    **dict.fromkeys(("CodeFormer", "FBCNN", "GFPGAN", "MMRealSR", "MPRNet"), first_output),
+    "MixDehazeNet": to_unit_range,
+}
 NOT_IMAGE_TO_IMAGE = {
     "DRUNet": "takes a noise map beside the image",
     "IPT": "takes the index of a task beside the image",
     "RestoreFormer": "takes and gives images in [-1, 1]",
     "LaMa": "takes a mask beside the image",
+    "MAT": "takes a mask beside the image",
+    "DDColor": "takes grey images",
 }
 NOT_BF16 = {"KBNet"}  # its own backward pass mixes precisions
-UNUSED_PARAMETERS = {"FDAT", "FFTformer", "GFPGAN", "HVICIDNet", "SPAN", "SwiftSRGAN"}
+UNUSED_PARAMETERS = {"AdaCode", "FDAT", "FFTformer", "FeMaSR", "GFPGAN", "HVICIDNet", "SPAN", "SwiftSRGAN"}
 
 
 def _suggest(wrong: str, known: Iterable[str]) -> str:

@@ -23,7 +23,11 @@ HAT_SMALL = {
 }
 NETWORKS = {
     "transformer": ({"architecture": "HAT", "parameters": HAT_SMALL}, 2, 16),
-    "unet": ({"architecture": "SCUNet", "parameters": {"config": [1] * 7, "dim": 64}}, 1, 64),
+    "unet": (
+        {"architecture": "MixDehazeNet", "parameters": {"depths": [2] * 5, "embed_dims": [8, 16, 24, 16, 8]}},
+        1,
+        40,
+    ),
     "compact": ({"architecture": "Compact", "parameters": {"num_feat": 8, "num_conv": 2, "upscale": 4}}, 4, 12),
 }
 
@@ -52,13 +56,11 @@ def test_trains_a_few_steps_away_from_a_copy_of_itself(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "blocks"), [("transformer", ("HAB",)), ("unet", ("ConvTransBlock",)), ("compact", ())]
+    ("kind", "blocks"), [("transformer", ("HAB",)), ("unet", ("MixStructureBlock",)), ("compact", ())]
 )
 def test_describes_what_it_builds(kind, blocks):
     section, _, side = NETWORKS[kind]
     arch = parse({"name": "zoo", **section})
-    if kind == "unet":  # blocks must stand in a row of their like
-        arch = parse({"name": "zoo", "architecture": "SCUNet", "parameters": {"config": [2] * 7, "dim": 64}})
     assert arch.descriptor.blocks == blocks
     assert arch.descriptor.min_size <= side
     assert parse(arch.model_dump(mode="json")) == arch
