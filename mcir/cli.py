@@ -36,13 +36,27 @@ def train(
             help="never: a new run directory. auto: go on with the newest checkpoint, or begin. PATH: that run's."
         ),
     ] = "never",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the resolved config and what each process would hold; start nothing."),
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="With --dry-run: the number of processes to plan for.")] = 2,
 ) -> None:
     """Train a network. Use `accelerate launch --config_file launch/accelerate/NAME.yaml -m mcir train …` for
     several processes."""
-    from mcir.config import load
-    from mcir.engine import build_engine
+    from mcir.config import dump, load
 
     config = load(*_split(configs))
+    if dry_run:
+        from rich.console import Console
+
+        from mcir.memory import table
+
+        print(dump(config), end="")
+        Console().print(table(config, processes))
+        return
+    from mcir.engine import build_engine
+
     engine = build_engine(config, resume)
     exit_code = engine.fit()
     engine.accelerator.end_training()

@@ -255,9 +255,8 @@ class Engine:
         for key, own in self.replica.state_dict().items():
             saved = _strict(model, checkpoint)(key)
             if saved.shape != own.shape:
-                raise UserError(
-                    f"{checkpoint.path}: {key} has another shape, {list(saved.shape)}, than the network's {list(own.shape)}"
-                )
+                shapes = f"{list(saved.shape)}, than the network's {list(own.shape)}"
+                raise UserError(f"{checkpoint.path}: {key} has another shape, {shapes}")
         load_full_params(self.accelerator, self.model, _strict(model, checkpoint))
         load_full_moments(self.accelerator, self.model, self.optimizer, moments)
         if self.ema:

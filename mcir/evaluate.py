@@ -45,7 +45,7 @@ class Picture:
     clean: Tensor
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     restore: Restore, data: ValidationSet, scale: int, accelerator: Accelerator, num_pictures: int = 0
 ) -> tuple[Scores, list[Picture]]:

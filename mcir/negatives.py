@@ -84,7 +84,7 @@ class Negatives(nn.Module):
 
     @torch.no_grad()
     def checksum(self) -> Tensor:
-        """The sum of all weights' bit patterns, an int64 scalar on the device: equal on all ranks, or there is a bug."""
+        """Sum of all weights' bit patterns, an int64 scalar on the device: equal on all ranks, or there is a bug."""
         bits = [p.view(torch.int32).sum(dtype=torch.int64) for p in self.nets.parameters()]
         return torch.stack(bits).sum() if bits else torch.zeros((), dtype=torch.int64)
 
