@@ -69,7 +69,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path):
     try:
         made = checkpointer(tmp_path / "checkpoints")
         first = save(made, 1)
-        with pytest.raises(UserError, match="step 2 could not be written.*make room"):
+        with pytest.raises(UserError, match=r"step 2 could not be written.*make room"):
             made.save(2, {"model.safetensors": {"w": torch.zeros(2**20)}}, {}, {})
         assert damage(first) is None
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]

@@ -30,7 +30,7 @@ def test_epochs_and_seeds_differ_and_nothing_is_in_file_order():
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 4, 6, 8, 16])
 def test_a_process_meets_only_its_own_lanes(stride):
-    """With a stride that divides the number of lanes, every position of a process falls into num_lanes / stride lanes."""
+    """With a stride that divides the number of lanes, the positions of a process fall into num_lanes / stride lanes."""
     order = Order((5,) * 200, seed=0)
     assert order.num_lanes == COLUMNS
     lanes = {order.locate(position)[1] for position in range(1, order.num_rows, stride)}

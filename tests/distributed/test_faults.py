@@ -66,7 +66,7 @@ def config(tmp_path) -> Path:
     return write_config(tmp_path / "config.yaml", values)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(config, tmp_path, number):
     process = start("ddp_cpu", "train", str(config))
     wait_for_line(process, "step 7/")
@@ -83,7 +83,10 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(co
     assert f"step {step + 1}/" in finished.stdout
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGUSR1, 75), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)],
+)
 def test_exit_codes_of_one_process(config, tmp_path, number, code):
     process = start("single", "train", str(config))
     wait_for_line(process, "step 3/")
@@ -114,7 +117,7 @@ def kill_at_random(config: Path, folder: Path, launch_file: str, rounds: int, se
 
 
 def test_sudden_death_of_a_rank(config, tmp_path):
-    kill_at_random(config, tmp_path, "ddp_cpu", rounds=3, seed=0)
+    kill_at_random(config, tmp_path, "ddp_cpu", rounds=2, seed=0)
 
 
 @pytest.mark.slow

@@ -81,7 +81,13 @@ def test_resuming_is_exact_to_the_bit(folder, runs, name):
 
 @pytest.mark.parametrize(
     ("written_by", "read_by", "num_processes"),
-    [("zero3", "single", 1), ("single", "zero2", 2), ("zero2", "fsdp2", 4), ("fsdp2", "zero3", 2), ("ddp", "fsdp2", 2)],
+    [
+        ("zero3", "single", 1),
+        pytest.param("single", "zero2", 2, marks=pytest.mark.slow),
+        pytest.param("zero2", "fsdp2", 4, marks=pytest.mark.slow),
+        pytest.param("fsdp2", "zero3", 2, marks=pytest.mark.slow),
+        pytest.param("ddp", "fsdp2", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_any_strategy_goes_on_from_any_other(folder, runs, written_by, read_by, num_processes):
     """Weights, moments, EMA, negatives and data position pass from one strategy and process count to another."""
