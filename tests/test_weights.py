@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from mcir.archs import build
+from mcir.archs import build, parse
 from mcir.errors import UserError
 from mcir.weights import build_from, load_into, read_state_dict, save_weights
 
@@ -234,3 +234,26 @@ def test_foreign_and_damaged_files_do_not_rebuild(tmp_path):
         build_from(tmp_path / "partial.safetensors")
     with pytest.raises(ValueError, match="num_feat"):
         save_weights(tmp_path / "x.safetensors", net.state_dict(), {"arch": json.dumps({**SMALL, "num_feat": 8})})
+
+
+def test_swinir_takes_weights_trained_on_another_patch_size(tmp_path):
+    """Its stored masks have one entry a window of the training patch, so a strict load would fail (FACTS.md A.2)."""
+    swinir = {"name": "swinir", "variant": "light", "scale": 2, "depths": (2,), "num_heads": (6,)}
+    source, net = build({**swinir, "image_size": 64}).eval(), build({**swinir, "image_size": 48}).eval()
+    torch.save({"params": source.state_dict()}, tmp_path / "s64.pth")
+    assert load_into(net, tmp_path / "s64.pth", strict=True).complete
+    assert net.layers[0].residual_group.blocks[1].attn_mask.shape == (36, 64, 64)
+    for side in (48, 64, 56):
+        image = torch.rand(1, 3, side, side)
+        with torch.no_grad():
+            assert torch.allclose(net(image), source(image), atol=1e-6)
+
+
+def test_a_zoo_network_rebuilds_without_the_file_it_started_from(tmp_path):
+    compact = build({"name": "zoo", "architecture": "Compact", "parameters": {"num_feat": 8, "num_conv": 2}})
+    torch.save(compact.state_dict(), tmp_path / "start.pth")
+    arch = parse({"name": "zoo", "weights": str(tmp_path / "start.pth")})
+    save_weights(tmp_path / "model.safetensors", compact.state_dict(), {"arch": arch.model_dump_json()})
+    (tmp_path / "start.pth").unlink()
+    net, _, _ = build_from(tmp_path)
+    assert equal(net.state_dict(), compact.state_dict())

@@ -8,12 +8,12 @@ is inside.
 """
 
 import math
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mcir.archs.base import Arch, Descriptor, under
@@ -291,18 +291,30 @@ class Dehazeformer(Arch):
     window_size: PositiveInt = 8
 
     @property
+    def published(self) -> Variant:
+        """The variant's values, those that are given replaced."""
+        given = self.model_dump(include=set(Variant._fields), exclude_none=True)
+        return VARIANTS[self.variant]._replace(**given)
+
+    @model_validator(mode="after")
+    def _branches_and_heads_fit(self) -> Self:
+        dims = self.published.embed_dims
+        if (dims[3], dims[4]) != (dims[1], dims[0]):
+            raise ValueError("embed_dims must end as they began: the last two stages are fused with the first two")
+        for dim, heads in zip(dims, self.num_heads, strict=True):
+            if dim % heads:
+                raise ValueError(f"embed_dims: {dim} does not divide into {heads} heads")
+        return self
+
+    @property
     def descriptor(self) -> Descriptor:
         # Below this, a shifted window on the coarsest features would need more reflection than there is image.
         return Descriptor(min_size=SIZE_MULTIPLE * (3 * self.window_size // 4) + 1, blocks=("DehazeFormerBlock",))
 
     def build(self) -> nn.Module:
-        published = VARIANTS[self.variant]
         return DehazeFormer(
-            embed_dims=self.embed_dims or published.embed_dims,
-            depths=self.depths or published.depths,
+            **self.published._asdict(),
             num_heads=self.num_heads,
             mlp_ratios=self.mlp_ratios,
-            attention_ratios=self.attention_ratios or published.attention_ratios,
-            conv=self.conv or published.conv,
             window_size=self.window_size,
         )

@@ -8,7 +8,7 @@ normalisation happens here, inside, so that input and output are both RGB in [0,
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from mcir.archs.base import Arch, Descriptor
@@ -111,7 +111,7 @@ class Ffanet(Arch):
     """FFA-Net for dehazing; the defaults are the published network of 4,455,913 parameters."""
 
     name: Literal["ffanet"] = "ffanet"
-    dim: PositiveInt = 64
+    dim: PositiveInt = Field(default=64, multiple_of=GROUP_REDUCTION)
     num_blocks: PositiveInt = 19
     """Blocks in each of the three groups (the command line of the repository says 20, its checkpoints have 19)."""
 

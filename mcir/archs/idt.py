@@ -241,10 +241,17 @@ class Idt(Arch):
     """Highest rate of stochastic depth."""
 
     @model_validator(mode="after")
-    def _whole_windows(self) -> Self:
+    def _windows_and_heads_fit(self) -> Self:
         multiple = 2**SCALES * self.window_size
         if self.image_size % multiple:
             raise ValueError(f"image_size must be a multiple of 16 windows, {multiple}")
+        for i, heads in enumerate(self.num_heads):
+            halvings = SCALES - abs(SCALES - i)
+            dim = self.embed_dim * 2 ** (halvings + (i > SCALES))  # a decoder stage also holds the encoder's features
+            pixels = self.window_size**2 if halvings < SCALES else heads  # the features of attention between windows
+            for features in (dim, pixels):
+                if features % heads:
+                    raise ValueError(f"num_heads: {features} features of stage {i} do not divide into {heads} heads")
         return self
 
     @property

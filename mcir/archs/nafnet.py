@@ -6,11 +6,11 @@ so on larger images it should average over windows of about that size, not over 
 and no key, and nothing at all up to a side of `tlc_size`; the published recipes have it on in training too.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from spandrel.architectures.NAFNet import NAFNet
 from torch import Tensor, nn
 
@@ -68,6 +68,12 @@ class Nafnet(Arch):
     """Whether images larger than `tlc_size` are pooled locally (test-time local converter)."""
     tlc_size: PositiveInt = 384
     """Side of the pooling window in input pixels; published: 1.5 times the training crop of 256."""
+
+    @model_validator(mode="after")
+    def _as_many_up_as_down(self) -> Self:
+        if len(self.num_encoder_blocks) != len(self.num_decoder_blocks):
+            raise ValueError("num_encoder_blocks and num_decoder_blocks must have as many entries")
+        return self
 
     @property
     def descriptor(self) -> Descriptor:

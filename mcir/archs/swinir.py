@@ -6,12 +6,12 @@ windows; the official test script pads before that, always, by mirroring: see th
 """
 
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from einops import rearrange
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from spandrel.architectures.SwinIR import SwinIR as SpandrelSwinIR
 from torch import Tensor, nn
 
@@ -98,14 +98,28 @@ class Swinir(Arch):
     """The convolutions at the end of each group."""
 
     @property
+    def published(self) -> dict[str, Any]:
+        """The variant's values, those that are given replaced."""
+        given = self.model_dump(include=set(VARIANTS[self.variant]), exclude_none=True)
+        return VARIANTS[self.variant] | given
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        values = self.published
+        if len(values["depths"]) != len(values["num_heads"]):
+            raise ValueError(f"depths has {len(values['depths'])} entries and num_heads {len(values['num_heads'])}")
+        if wrong := [heads for heads in values["num_heads"] if values["embed_dim"] % heads]:
+            raise ValueError(f"embed_dim {values['embed_dim']} does not divide into {wrong[0]} heads")
+        return self
+
+    @property
     def descriptor(self) -> Descriptor:
         return Descriptor(
             scale=self.scale, size_multiple=self.window_size, pad_mode="flip", blocks=("SwinTransformerBlock",)
         )
 
     def build(self) -> nn.Module:
-        given = self.model_dump(exclude_none=True)
-        published = VARIANTS[self.variant] | {key: given[key] for key in VARIANTS[self.variant] if key in given}
+        published = self.published
         return SwinIR(
             upscale=self.scale,
             in_chans=3,

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from mcir.archs import build, parse
 
@@ -96,3 +97,22 @@ def test_state_dict_holds_no_constant_of_ours(case):
     arch, _ = case
     assert not {"mean", "std", "rgb_mean"} & arch.build().state_dict().keys()
     assert parse(arch.model_dump()) == arch
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "swinir", "variant": "light", "scale": 2, "embed_dim": 61}, "61 does not divide into 6 heads"),
+        ({"name": "swinir", "variant": "light", "scale": 2, "depths": (6, 6)}, "depths has 2 entries and num_heads 4"),
+        ({"name": "dehazeformer", "variant": "t", "embed_dims": (24, 48, 96, 24, 24)}, "end as they began"),
+        ({"name": "dehazeformer", "variant": "t", "num_heads": (2, 4, 5, 1, 1)}, "96 does not divide into 5 heads"),
+        ({"name": "idt", "num_heads": (3, 2, 4, 8, 16, 16, 8, 4, 2)}, "32 features of stage 0"),
+        ({"name": "idt", "num_heads": (1, 2, 4, 128, 16, 16, 8, 4, 2)}, "64 features of stage 3"),
+        ({"name": "nafnet", "num_encoder_blocks": (1, 1)}, "as many entries"),
+        ({"name": "ffanet", "dim": 20}, "multiple of 16"),
+        ({"name": "swinirr"}, "'swinir'"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_errors_before_building(config, message):
+    with pytest.raises(ValidationError, match=message):
+        parse(config)
