@@ -62,7 +62,7 @@ class Layout:
     """What `scale` may be for super-resolution sets; without one, only the clean half is read."""
     centre_crop: bool = False
     published: tuple[int, ...] = ()
-    """Published numbers of pairs, one for each split or variant."""
+    """Published numbers of pairs, in the order of `splits`; without splits any of them will do."""
 
 
 def _benchmark(title: str, count: int) -> Layout:

@@ -190,6 +190,12 @@ def test_the_published_count_leaves_no_note(tmp_path):
     assert find_pairs("set5", tmp_path, scale=2).note == ""
 
 
+def test_another_count_than_the_published_one_is_noted(tmp_path):
+    plant(tmp_path, ["DIV2K_valid_HR/0801.png", "DIV2K_train_HR/0001.png"])
+    assert find_pairs("div2k", tmp_path, "valid").note == "published with 100, found 1"
+    assert find_pairs("div2k", tmp_path, "train").note == "published with 800, found 1"
+
+
 @pytest.mark.parametrize(
     ("layout", "split", "scale", "files", "message"),
     [
