@@ -28,7 +28,7 @@ def dataset_card(shards: Sequence[Path], pairs: Pairs, options: "Options") -> st
     columns = [name for name in ("clean", "degraded") if name in metadata[0].schema.to_arrow_schema().names]
     features = "".join(f"\n  - name: {name}\n    dtype: image" for name in columns)
     table = "".join(
-        f"| {shard.name} | {data.num_rows:,} | {shard.stat().st_size:,} | `{_sha256(shard)}` |\n"
+        f"| {shard.name} | {data.num_rows:,} | {shard.stat().st_size:,} | `{file_sha256(shard)}` |\n"
         for shard, data in zip(shards, metadata, strict=True)
     )
     cut = "whole, in their original bytes" + (" (clean ones cut to their centre)" if pairs.centre_crop else "")
@@ -87,7 +87,7 @@ def checksums(card: str) -> dict[str, tuple[int, int, str]]:
     }
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
