@@ -169,10 +169,11 @@ def find_pairs(layout: str, root: Path, split: str | None = None, scale: int | N
     with_degraded = scale is not None or not known.scales
     samples = [pair for folders in parts for pair in _paired(root, folders, with_degraded)]
     _refuse_repeated_keys(samples)
-    expected = " or ".join(f"{count:,}" for count in known.published)
-    note = (
-        "" if not expected or len(samples) in known.published else f"published with {expected}, found {len(samples):,}"
-    )
+    published = known.published
+    if split and len(published) == len(known.splits):
+        published = (published[known.splits.index(split)],)
+    expected = " or ".join(f"{count:,}" for count in published)
+    note = "" if not published or len(samples) in published else f"published with {expected}, found {len(samples):,}"
     return Pairs(tuple(samples), scale or 1, known.centre_crop, known.title, note)
 
 
