@@ -43,7 +43,9 @@ class Engine:
         set_seed(config.seed)  # the same on all ranks: FSDP2 shards each rank's own copy of the initial weights
         net = self.arch.build()
         if config.init_from:
-            load_into(net, Path(config.init_from))
+            report = load_into(net, Path(config.init_from))
+            if accelerator.is_main_process:
+                print(report)
         channels_last = config.compute.channels_last
         if channels_last or (channels_last is None and self.arch.descriptor.channels_last and _on_gpu(accelerator)):
             net = net.to(memory_format=torch.channels_last)
