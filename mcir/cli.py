@@ -3,15 +3,18 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from mcir.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 config_app = typer.Typer(no_args_is_help=True, help="Check, show and document configs.")
 app.add_typer(config_app, name="config")
+data_app = typer.Typer(no_args_is_help=True, help="Pack and inspect datasets.")
+app.add_typer(data_app, name="data")
 
 Configs = Annotated[
     list[str],
@@ -20,6 +23,36 @@ Configs = Annotated[
         help="YAML files, merged left to right, then overrides such as optim.optimizer.lr=1e-4.",
     ),
 ]
+
+WeightsKind = Annotated[
+    str | None,
+    typer.Option(metavar="ema|target", help="Averaged or raw weights of a run; by default what the run validates."),
+]
+Archs = Annotated[
+    list[str],
+    typer.Option(
+        metavar="YAML|CONFIG",
+        help="The network of weights that mcir did not write: '{name: edsr, scale: 4}' or a config file.",
+    ),
+]
+AllowImport = Annotated[bool, typer.Option("--allow-import", help="Let the weights name code of yours to import.")]
+Overlap = Annotated[int | None, typer.Option(help="Overlap of neighbouring tiles, in input pixels.")]
+Ensemble = Annotated[bool, typer.Option("--ensemble", help="Mean over the 8 turns and mirrorings; 8 times as long.")]
+
+
+class _ManyValues(TyperCommand):
+    """Takes `--weights A B` for `--weights A --weights B`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        option = None
+        for argument in args:
+            if argument.startswith("-"):
+                option = argument if argument in ("--weights", "--data", "--arch") else None
+            elif option and spread[-1] != option:
+                spread.append(option)
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
 
 
 @app.callback()
@@ -63,6 +96,96 @@ def train(
     raise typer.Exit(exit_code)
 
 
+@app.command(cls=_ManyValues)
+def evaluate(
+    weights: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]PATH...",
+            help="Weights files, checkpoints or runs (their best checkpoint); several compare.",
+        ),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]PLACE...",
+            help="Parquet files, an image folder, a config (its validation sets), NAME=CLEAN,DEGRADED folders or "
+            "NAME={source: ..., degradation: ..., protocol: ...}.",
+        ),
+    ],
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="sr, rgb, ffanet, dehazeformer, derain or nafnet; by default the set's, or sr."),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="bicubic|degraded", help="One more row: without a network.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Results, checksums, configs, versions.")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="A line for each image.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="PNG of the differences and intervals.")] = None,
+    save_images: Annotated[Path | None, typer.Option(metavar="DIR", help="Restored images, and side by side.")] = None,
+    divergence: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Maps of where two weights differ, beside the degradation.")
+    ] = None,
+    weights_kind: WeightsKind = None,
+    arch: Archs = [],  # noqa: B006
+    tile: Annotated[str | None, typer.Option(metavar="N|auto", help="Side of tiles; by default whole images.")] = None,
+    overlap: Overlap = None,
+    ensemble: Ensemble = False,
+    allow_import: AllowImport = False,
+) -> None:
+    """Measure PSNR and SSIM as the papers do. Under `accelerate launch … -m mcir evaluate …` processes share the
+    images."""
+    from mcir.measure import Options, Outputs, measure
+    from mcir.parallel import build_accelerator
+    from mcir.trained import open_trained
+
+    accelerator = build_accelerator(batch_size=int(os.environ.get("WORLD_SIZE", "1")))
+    networks = open_trained(weights, _kind(weights_kind), arch, allow_import)
+    options = Options(_tile(tile), overlap, ensemble)
+    outputs = Outputs(json, csv, plot, save_images, divergence)
+    measure(networks, data, accelerator, protocol=protocol, baseline_name=baseline, options=options, outputs=outputs)
+    accelerator.end_training()
+
+
+@app.command()
+def restore(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders and patterns.")],
+    weights: Annotated[str, typer.Option(metavar="PATH", help="Weights file, checkpoint or run.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the restored pictures go, by the same names.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo what exists.")] = False,
+    weights_kind: WeightsKind = None,
+    arch: Archs = [],  # noqa: B006
+    tile: Annotated[
+        str, typer.Option(metavar="N|auto", help="Side of tiles; auto: only where the picture does not fit.")
+    ] = "auto",
+    overlap: Overlap = None,
+    ensemble: Ensemble = False,
+    allow_import: AllowImport = False,
+) -> None:
+    """Restore pictures; formats, bit depth, alpha, profile and orientation are kept. Exit code 1 if any failed."""
+    import torch
+
+    from mcir.restore import restore as restore_pictures
+    from mcir.trained import open_trained
+
+    network = open_trained([weights], _kind(weights_kind), arch, allow_import)[0]
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    failures = restore_pictures(
+        inputs,
+        network.net_on(device),
+        network.arch.descriptor,
+        output,
+        device=device,
+        overwrite=overwrite,
+        tile=_tile(tile),
+        overlap=overlap,
+        ensemble=ensemble,
+    )
+    if failures:
+        raise UserError("\n".join([f"{len(failures)} could not be restored:", *failures]))
+
+
 @config_app.command()
 def check(files: Annotated[list[Path], typer.Argument(help="Each file is checked on its own.")]) -> None:
     """Check configs; every mistake of every file is reported."""
@@ -96,6 +219,114 @@ def schema() -> None:
     from mcir.config import RunConfig
 
     print(json.dumps(RunConfig.model_json_schema(), indent=1))
+
+
+def _tile(text: str | None) -> Any:
+    if text is None or text == "auto":
+        return text
+    if not text.isdigit():
+        raise UserError(f"--tile {text}: give a number of pixels or auto")
+    return int(text)
+
+
+def _kind(text: str | None) -> Any:
+    if text not in (None, "ema", "target"):
+        raise UserError(f"--weights-kind {text}: give ema or target")
+    return text
+
+
+Layout = Annotated[
+    str | None, typer.Option(help="Name of a published dataset's layout; SOURCE is where it was unpacked.")
+]
+Degraded = Annotated[Path | None, typer.Option(help="Folder of degraded images with the names of those in SOURCE.")]
+Split = Annotated[str | None, typer.Option(help="Part of a layout that holds several, such as train or test.")]
+Scale = Annotated[int, typer.Option(min=1, help="Clean side / degraded side; 1 where they are equal.")]
+
+
+@data_app.command()
+def pack(
+    source: Annotated[Path, typer.Argument(help="Folder of clean images, or of a published dataset (--layout).")],
+    output: Annotated[Path, typer.Argument(help="Folder for the Parquet shards and their README.md.")],
+    layout: Layout = None,
+    degraded: Degraded = None,
+    split: Split = None,
+    scale: Scale = 1,
+    crop_size: Annotated[
+        int | None, typer.Option(help="Cut clean images into squares of this side (DIV2K: 480).")
+    ] = None,
+    crop_step: Annotated[int | None, typer.Option(help="Distance of neighbouring squares (DIV2K: 240).")] = None,
+    crop_format: Annotated[str, typer.Option(help="png, or webp: lossless too, smaller, slower to write.")] = "png",
+    seed: Annotated[int, typer.Option(help="Of the row shuffling; -1 keeps the order of the files.")] = 0,
+    num_shards: Annotated[int | None, typer.Option(help="Number of shards, instead of --shard-mib.")] = None,
+    shard_mib: Annotated[int, typer.Option(help="Size of a shard.")] = 256,
+    num_workers: Annotated[int, typer.Option(help="Processes.")] = 4,
+) -> None:
+    """Write image folders as the Parquet shards that training and evaluation stream. Interrupted, it continues."""
+    from mcir.data.pack import Options
+    from mcir.data.pack import pack as write
+
+    if crop_format not in ("png", "webp"):
+        raise UserError(f"--crop-format {crop_format}: choose png or webp")
+    options = Options(
+        crop_size=crop_size,
+        crop_step=crop_step,
+        crop_format="webp" if crop_format == "webp" else "png",
+        seed=None if seed < 0 else seed,
+        num_shards=num_shards,
+        shard_bytes=shard_mib * 2**20,
+        split="test" if split == "test" else "validation" if split == "validation" else "train",
+    )
+    pairs = _pairs(source, layout, degraded, split, scale)
+    if pairs.note:
+        print(f"{pairs.title}: {pairs.note}")
+    shards = write(pairs, output, options, num_workers)
+    print(f"{len(pairs.samples)} samples in {len(shards)} shards in {output}")
+
+
+@data_app.command()
+def inspect(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of Parquet shards, of clean images, or of a dataset (--layout).")
+    ],
+    layout: Layout = None,
+    degraded: Degraded = None,
+    split: Split = None,
+    scale: Scale = 1,
+    sheet: Annotated[Path | None, typer.Option(help="Where to save a contact sheet (PNG).")] = None,
+) -> None:
+    """Count, measure and decode every image; print what is wrong. Exit code 1 where anything is."""
+    from mcir.data.inspect import contact_sheet, inspect_packed, inspect_pairs
+
+    packed = layout is None and degraded is None and any(source.glob("**/*.parquet"))
+    report = inspect_packed(source) if packed else inspect_pairs(_pairs(source, layout, degraded, split, scale))
+    report.print()
+    if sheet:
+        contact_sheet(report.examples).save(sheet)
+    raise typer.Exit(1 if report.faults else 0)
+
+
+def _pairs(source: Path, layout: str | None, degraded: Path | None, split: str | None, scale: int):
+    from mcir.data.layouts import find_pairs, pair_folders
+
+    if layout is None:
+        return pair_folders(source, degraded, scale)
+    if degraded is not None:
+        raise UserError("--degraded goes with plain folders: a --layout knows where its degraded images are")
+    return find_pairs(layout, source, split, scale if scale > 1 else None)
+
+
+@app.command()
+def export(
+    weights: Annotated[Path, typer.Argument(help="model.safetensors, ema.safetensors or a folder that holds it.")],
+    to: Annotated[str, typer.Option(help="basicsr, official, onnx or hub-folder.")],
+    output: Annotated[Path, typer.Option(help="File or folder to write.")],
+    size: Annotated[tuple[int, int] | None, typer.Option(help="Height and width of an ONNX graph of one size.")] = None,
+    allow_import: Annotated[bool, typer.Option(help="Let the file name a network class of your own code.")] = False,
+) -> None:
+    """Write trained weights as another program reads them."""
+    from mcir.export import export as write
+
+    print(write(weights, to, output, size=size, allow_import=allow_import))  # type: ignore[arg-type]
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
