@@ -186,6 +186,25 @@ def restore(
         raise UserError("\n".join([f"{len(failures)} could not be restored:", *failures]))
 
 
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of runs, or one run.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the records (run.json) as a JSON list.")] = False,
+) -> None:
+    """List runs with state, step, best metric and speed."""
+    from json import dumps
+
+    from rich.console import Console
+
+    from mcir.record import read, table
+
+    records = read(folder)
+    if json:
+        print(dumps(records, indent=1))
+    else:
+        Console().print(table(records))
+
+
 @config_app.command()
 def check(files: Annotated[list[Path], typer.Argument(help="Each file is checked on its own.")]) -> None:
     """Check configs; every mistake of every file is reported."""

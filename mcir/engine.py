@@ -26,6 +26,7 @@ from mcir.losses.objective import Objective
 from mcir.negatives import Negatives
 from mcir.optim import set_lr
 from mcir.parallel import build_accelerator, clip_and_guard, strategy
+from mcir.record import Record
 from mcir.shards import full_moments, full_params, load_full_moments, load_full_params
 from mcir.stop import StopRequest
 from mcir.tracking import Meter, Tracker, comparison_png, memory_gib, results_table
@@ -37,8 +38,8 @@ log = logging.getLogger(__name__)
 class Engine:
     """A run: what is trained, and how far it is. `step` is one optimizer step, `fit` the whole run."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, run_dir: Path) -> None:
-        self.config, self.accelerator, self.run_dir = config, accelerator, run_dir
+    def __init__(self, config: RunConfig, accelerator: Accelerator, run_dir: Path, record: Record) -> None:
+        self.config, self.accelerator, self.run_dir, self.record = config, accelerator, run_dir, record
         self.arch = config.arch
         set_seed(config.seed)  # the same on all ranks: FSDP2 shards each rank's own copy of the initial weights
         net = self.arch.build()
@@ -110,10 +111,11 @@ class Engine:
         """Train from where the run is to its end or to a stop signal; the exit code. Collective."""
         config = self.config
         if self.num_steps >= config.steps:
+            self.record.end(0, self.num_steps)
             return 0
         meter, batches = Meter(config.batch_size), iter(self.loader)
         tracker = Tracker(self.accelerator, self.run_dir, self.num_steps + 1, config.steps)
-        with tracker, StopRequest(self.accelerator) as stop:
+        with self.record, tracker, StopRequest(self.accelerator) as stop:
             exit_code = 0
             while self.num_steps < config.steps and not exit_code:
                 waited = time.perf_counter()
@@ -133,6 +135,7 @@ class Engine:
                     meter.reset()
                     if exit_code:
                         tracker.message(f"stopped at step {self.num_steps}, saved {path}; go on with --resume auto")
+            self.record.end(exit_code, self.num_steps)
         return exit_code
 
     def _log(self, tracker: Tracker, meter: Meter) -> None:
@@ -157,6 +160,7 @@ class Engine:
         }
         tracker.scalars(self.num_steps, scalars)
         tracker.status(self.num_steps, losses, speed, wait)
+        self.record.update(step=self.num_steps, images_per_s=speed)
 
     def _validate(self, tracker: Tracker, last: bool) -> None:
         validation = self.config.validation
@@ -176,6 +180,8 @@ class Engine:
         value = results[where][0].mean()[metric]
         if self.best is None or value > self.best[0]:
             self.best = value, f"step-{self.num_steps:08d}"
+            best = {"metric": f"{where}/{metric}", "value": value, "checkpoint": self.best[1]}
+            self.record.update(step=self.num_steps, best=best)
             if self.config.checkpoint.keep_best and not last:
                 self.save()
         if last:
@@ -287,9 +293,10 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
         timeout_s=config.compute.timeout_s,
     )
     run_dir, checkpoint = runs.choose(accelerator, config.runs_dir, config.name, resume)
-    engine = Engine(config, accelerator, run_dir)
-    if checkpoint:
-        engine.load(checkpoint)
+    with runs.begin(config, accelerator, run_dir, checkpoint) as record:
+        engine = Engine(config, accelerator, run_dir, record)
+        if checkpoint:
+            engine.load(checkpoint)
     return engine
 
 

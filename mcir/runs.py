@@ -1,13 +1,18 @@
-"""Run directories: which one a run writes to, and which checkpoint it starts from. Nothing that was trained is
-overwritten."""
+"""Run directories: which one a run writes to, which checkpoint it starts from, and its record. Nothing that was
+trained is overwritten."""
 
+import platform
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from mcir.checkpoint import Checkpoint, Checkpointer, damage
+from mcir.config import RunConfig, dump
 from mcir.errors import UserError
+from mcir.parallel import strategy
+from mcir.record import Record, hostname
 
 
 def choose(accelerator: Accelerator, runs_dir: str, name: str, resume: str) -> tuple[Path, Checkpoint | None]:
@@ -27,6 +32,27 @@ def choose(accelerator: Accelerator, runs_dir: str, name: str, resume: str) -> t
     if chosen[1]:
         return run_dir, Checkpoint(Path(chosen[1]))
     return run_dir, None if resume == "never" else Checkpointer(accelerator, run_dir / "checkpoints").latest()
+
+
+def begin(config: RunConfig, accelerator: Accelerator, run_dir: Path, checkpoint: Checkpoint | None) -> Record:
+    """Write down in the run directory that a run starts there. Collective."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
+    places = gather_object([{"host": hostname(), "device": name}])
+    return Record(
+        run_dir if accelerator.is_main_process else None,
+        name=config.name,
+        steps=config.steps,
+        config=dump(config),
+        step=checkpoint.state["step"] if checkpoint else 0,
+        origin=str(checkpoint.path) if checkpoint and run_dir not in checkpoint.path.parents else None,
+        environment={
+            "strategy": strategy(accelerator),
+            "precision": accelerator.mixed_precision,
+            "world_size": accelerator.num_processes,
+            "processes": places,
+        },
+    )
 
 
 def _choose(base: Path, resume: str) -> tuple[Path, Path | None]:
