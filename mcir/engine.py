@@ -25,7 +25,7 @@ from mcir.inference import infer
 from mcir.losses.objective import Objective
 from mcir.negatives import Negatives
 from mcir.optim import set_lr
-from mcir.parallel import build_accelerator, clip_and_guard, strategy
+from mcir.parallel import autocast, build_accelerator, clip_and_guard, precision_of, strategy
 from mcir.record import Record
 from mcir.shards import full_moments, full_params, load_full_moments, load_full_params
 from mcir.stop import StopRequest
@@ -91,8 +91,9 @@ class Engine:
                 ((self.config.seed * 2**24 + self.num_steps) * 64 + i) * 4096 + self.accelerator.process_index
             )
             with self.accelerator.accumulate(self.model):
-                restored = self.model(batch.degraded)  # (B, 3, s * H, s * W)
-                losses = self.objective(restored, batch.clean, self.negatives(batch.degraded))
+                with autocast(self.accelerator):
+                    restored = self.model(batch.degraded)  # (B, 3, s * H, s * W)
+                    losses = self.objective(restored, batch.clean, self.negatives(batch.degraded))
                 self.accelerator.backward(losses["total"])
                 if self.accelerator.sync_gradients:
                     norm, skipped = clip_and_guard(self.accelerator, self.model, self.optimizer, optim.max_grad_norm)
@@ -290,8 +291,13 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
         blocks=config.arch.descriptor.blocks,
         batch_size=config.batch_size // config.accumulate,
         max_grad_norm=config.optim.max_grad_norm,
+        unused_parameters=config.arch.descriptor.unused_parameters,
         timeout_s=config.compute.timeout_s,
     )
+    if precision_of(accelerator) == "bf16" and not config.arch.descriptor.bf16:
+        raise UserError(
+            f"{config.arch.name} does not train in bf16: set compute.precision to fp32 (and mixed_precision to no)"
+        )
     run_dir, checkpoint = runs.choose(accelerator, config.runs_dir, config.name, resume)
     with runs.begin(config, accelerator, run_dir, checkpoint) as record:
         engine = Engine(config, accelerator, run_dir, record)

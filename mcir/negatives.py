@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
 from mcir.errors import UserError
+from mcir.parallel import autocast
 from mcir.shards import broadcast_from_first, full_params
 
 BUCKET_BYTES = 64 * 2**20
@@ -69,7 +70,7 @@ class Negatives(nn.Module):
         """What each negative restores from `degraded` (B, 3, H, W): K tensors (B, 3, s * H, s * W), without
         gradients."""
         accelerator, _ = self._attached()
-        with accelerator.autocast():
+        with autocast(accelerator):
             return [net(degraded).float() for net in self.nets]
 
     def update(self, step: int) -> None:

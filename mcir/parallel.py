@@ -29,6 +29,7 @@ def build_accelerator(
     blocks: Sequence[str] = (),
     batch_size: int = 1,
     max_grad_norm: float | None = None,
+    unused_parameters: bool = False,
     timeout_s: float = 1800,
 ) -> Accelerator:
     """The Accelerator for this process. Collective.
@@ -39,6 +40,7 @@ def build_accelerator(
         blocks: class names of the network's repeated blocks, the units that FSDP2 shards.
         batch_size: samples in a micro-batch of all processes; they must be able to share it equally.
         max_grad_norm: what DeepSpeed must be told beforehand.
+        unused_parameters: whether some parameters never get a gradient.
         timeout_s: after so many seconds a collective that a peer never reached ends the process.
 
     Raises:
@@ -54,6 +56,7 @@ def build_accelerator(
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if zero:
         _require_deepspeed()
+    wanted = _precision(precision)
     process_group = InitProcessGroupKwargs(
         backend="gloo" if rehearsal and zero else None, timeout=timedelta(seconds=timeout_s)
     )
@@ -64,7 +67,8 @@ def build_accelerator(
         )
     accelerator = Accelerator(
         cpu=rehearsal and not zero,
-        mixed_precision=_precision(precision),
+        # ZeRO gets autocast from DeepSpeed's torch_autocast, with fp32 weights like every other strategy: see below.
+        mixed_precision="no" if zero else wanted,
         gradient_accumulation_steps=accumulate,
         fsdp_plugin=fsdp_plugin,
         project_config=ProjectConfiguration(automatic_checkpoint_naming=False),
@@ -72,7 +76,9 @@ def build_accelerator(
             process_group,
             # Normalisation buffers are rank 0's wherever they leave the run (`full_params`), so no step broadcasts
             # them.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=unused_parameters
+            ),
         ],
     )
     if accelerator.num_processes != world_size:
@@ -84,12 +90,28 @@ def build_accelerator(
         if rehearsal:
             _promote_to_fsdp(accelerator, fsdp_plugin)
         fsdp_plugin.transformer_cls_names_to_wrap = list(blocks)
+        # bf16 is autocast's, over fp32 weights, as under every other strategy: not FSDP's, which would cast whole blocks.
+        fsdp_plugin.mixed_precision_policy = None
     if zero:
         deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
         deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size // world_size
         deepspeed_config["gradient_accumulation_steps"] = accumulate
         deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
+        deepspeed_config["torch_autocast"] = {"enabled": wanted == "bf16", "dtype": "bfloat16"}
     return accelerator
+
+
+def precision_of(accelerator: Accelerator) -> str:
+    """`bf16` or `no`: what target, negatives and features compute in. Weights are fp32 either way."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        enabled = accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast", {}).get("enabled", False)
+        return "bf16" if enabled else "no"
+    return accelerator.mixed_precision
+
+
+def autocast(accelerator: Accelerator) -> torch.autocast:
+    """The precision of the target's forward pass, for what runs beside it."""
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision_of(accelerator) == "bf16")
 
 
 def strategy(accelerator: Accelerator) -> str:
@@ -128,7 +150,6 @@ def _precision(precision: str | None) -> str | None:
     wanted = {"fp32": "no", "bf16": "bf16"}[precision]
     if launched == "bf16" and wanted == "no":
         raise UserError("compute.precision is fp32 and the launch file's mixed_precision is bf16: make them agree")
-    os.environ["ACCELERATE_MIXED_PRECISION"] = wanted  # read by the DeepSpeed plugin
     return wanted
 
 
@@ -146,8 +167,6 @@ def _promote_to_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state._shared_state["fsdp_plugin"] = plugin
-    if accelerator.mixed_precision != "no":
-        plugin.set_mixed_precision(accelerator.mixed_precision)
 
 
 def clip_and_guard(

@@ -67,6 +67,19 @@ def test_every_strategy_trains_what_one_process_trains(runs, name):
     assert_close(single, tensors(runs[name] / "checkpoints" / LAST))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_bf16_is_autocast_over_the_same_fp32_weights(folder, name):
+    """bf16 rounds (2^-8), which is seen in the losses, and keeps fp32 weights: all strategies stay together."""
+    for precision in ("fp32", "bf16"):
+        arguments = (f"name={precision}-{name}", f"compute.precision={precision}", "steps=10")
+        process = run(f"{name}_cpu", "train", str(folder / "config.yaml"), *arguments)
+        assert process.returncode == 0, process.stdout
+    exact, rounded = (losses(folder / "runs" / f"{p}-{name}", "loss/total") for p in ("fp32", "bf16"))
+    assert exact != rounded
+    assert max(abs(a - b) for a, b in zip(exact, rounded, strict=True)) < 2e-3
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_resuming_is_exact_to_the_bit(folder, runs, name):
     middle = str(runs[name] / "checkpoints" / MIDDLE)
