@@ -70,10 +70,9 @@ def open_trained(
     if len(archs) not in ((1, len(bare)) if bare else (0,)):
         if not bare:
             raise UserError("--arch: all weights files describe their network; leave it out")
-        said = f"{len(archs)} are given" if archs else "none is"
+        each = "" if len(bare) == 1 else f", one for all {len(bare)} such files or one for each"
         raise UserError(
-            f"{bare[0]}: does not say what network it is of; give --arch '{{name: …}}' or a config file, one for all "
-            f"such files or one for each of the {len(bare)} ({said})"
+            f"{bare[0]}: does not say what network it is of; give --arch '{{name: …}}' or --arch CONFIG{each}"
         )
     described = [parse_arch(text) for text in archs] if len(archs) != 1 else [parse_arch(archs[0])] * len(bare)
     foreign = dict(zip(bare, described, strict=True))
