@@ -1,0 +1,200 @@
+"""The published recipes hold the published numbers, read what they tell the user to pack, and train."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcir.archs.swinir import Swinir
+from mcir.config import RunConfig, load
+from mcir.data.layouts import LAYOUTS
+from mcir.data.sources import ParquetSource
+from mcir.engine import build_engine
+from tests.runs import write_dataset
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.glob("*/*.yaml"))
+
+# From the repositories named in each recipe: parameters, steps, batch, clean crop, flips, reconstruction loss,
+# optimizer (betas, weight decay), evaluation EMA, gradient clip, evaluation protocol.
+PUBLISHED: dict[str, tuple[Any, ...]] = {
+    "sr/edsr_light_x2_div2k": (
+        *(1_369_859, 300_000, 16, 96, "dihedral", "l1", "adam", (0.9, 0.99), 0, 0.999, None, "sr"),
+    ),
+    "sr/edsr_light_x4_div2k": (
+        *(1_517_571, 300_000, 16, 192, "dihedral", "l1", "adam", (0.9, 0.99), 0, 0.999, None, "sr"),
+    ),
+    "sr/swinir_light_x2_div2k": (
+        *(910_152, 500_000, 64, 128, "dihedral", "l1", "adam", (0.9, 0.999), 0, 0.999, None, "sr"),
+    ),
+    "sr/swinir_light_x4_div2k": (
+        *(929_628, 250_000, 64, 256, "dihedral", "l1", "adam", (0.9, 0.999), 0, 0.999, None, "sr"),
+    ),
+    "sr/swinir_classical_x4_div2k": (
+        *(11_900_199, 500_000, 32, 192, "dihedral", "l1", "adam", (0.9, 0.99), 0, 0.999, None, "sr"),
+    ),
+    "dehaze/ffanet_its": (
+        *(4_455_913, 500_000, 4, 128, "dihedral", "l1", "adamw", (0.9, 0.9), 0, 0.999, None, "ffanet"),
+    ),
+    "dehaze/dehazeformer_t_reside_in": (
+        *(687_404, 131_100, 32, 256, "dihedral", "l1", "adamw", (0.9, 0.999), 0.01, None, None, "dehazeformer"),
+    ),
+    "dehaze/dehazeformer_s_reside_in": (
+        *(1_284_884, 262_200, 16, 256, "dihedral", "l1", "adamw", (0.9, 0.999), 0.01, None, None, "dehazeformer"),
+    ),
+    "dehaze/dehazeformer_b_reside_in": (
+        *(2_517_612, 262_200, 16, 256, "dihedral", "l1", "adamw", (0.9, 0.999), 0.01, None, None, "dehazeformer"),
+    ),
+    "derain/idt_rain200h": (
+        *(16_416_463, 180_000, 4, 128, "flips", "ssim", "adam", (0.9, 0.999), 0, None, None, "derain"),
+    ),
+    "deblur/nafnet_w32_gopro": (
+        *(17_111_907, 200_000, 32, 256, "dihedral", "psnr", "adamw", (0.9, 0.9), 1e-3, None, 0.01, "nafnet"),
+    ),
+}
+# The rate at a step (counted from 1): the first, the ends of plateaus and periods, the last.
+RATES = {
+    "sr/edsr_light_x2_div2k": {1: 1e-4, 200_000: 1e-4, 200_001: 5e-5, 300_000: 5e-5},
+    "sr/edsr_light_x4_div2k": {1: 1e-4, 200_001: 5e-5},
+    "sr/swinir_light_x2_div2k": {1: 2e-4, 250_001: 1e-4, 400_001: 5e-5, 450_001: 2.5e-5, 475_001: 1.25e-5},
+    "sr/swinir_light_x4_div2k": {1: 1e-4, 125_001: 5e-5, 200_001: 2.5e-5, 225_001: 1.25e-5, 237_501: 6.25e-6},
+    "sr/swinir_classical_x4_div2k": {1: 2e-4, 250_001: 1e-4, 400_001: 5e-5, 450_001: 2.5e-5, 475_001: 1.25e-5},
+    # released with a period of 100,000 in a run of 500,000: back at the base rate after 200,000 and 400,000
+    "dehaze/ffanet_its": {1: 2e-4, 100_001: 1e-8, 200_001: 2e-4, 300_001: 1e-8, 400_001: 2e-4},
+    "dehaze/dehazeformer_t_reside_in": {1: 4e-4, 65_551: 2.02e-4, 131_101: 4e-6},
+    "dehaze/dehazeformer_s_reside_in": {1: 2e-4, 262_201: 2e-6},
+    "dehaze/dehazeformer_b_reside_in": {1: 2e-4, 262_201: 2e-6},
+    "derain/idt_rain200h": {1: 1e-4, 100 * 450: 1e-4, 100 * 450 + 1: 1e-5, 250 * 450 + 1: 1e-6, 350 * 450 + 1: 1e-7},
+    "deblur/nafnet_w32_gopro": {1: 1e-3, 100_001: 5.0005e-4, 200_001: 1e-7},
+}
+SMALL = {  # what is kept of a network where the whole one is slow; small ones train whole
+    "swinir": ["arch.depths=[2]", "arch.num_heads=[6]", "arch.image_size=16"],
+    "ffanet": ["arch.num_blocks=2"],
+    "dehazeformer": ["arch.depths=[2, 2, 2, 1, 1]"],
+    "edsr": [],
+    "idt": ["arch.embed_dim=16", "arch.mlp_ratio=0.25"],
+    "nafnet": ["arch.width=8", "arch.num_encoder_blocks=[1, 1, 1, 2]"],
+}
+SIDES = {"idt": 128, "swinir": 64, "dehazeformer": 64}
+
+
+def recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
+    return load([CONFIGS / f"{name}.yaml"], overrides or [])
+
+
+def test_every_recipe_is_checked_here():
+    assert sorted(PUBLISHED) == sorted(RATES) == RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_numbers_are_the_published_ones(name):
+    config = recipe(name)
+    optimizer = config.optim.optimizer
+    assert config.validation is not None
+    (protocol,) = {data.protocol for data in config.validation.sets.values()}
+    found = (
+        sum(p.numel() for p in config.arch.build().parameters()),
+        config.steps,
+        config.batch_size,
+        config.data.crop_size,
+        config.data.augment,
+        config.objective.reconstruction.name,
+        optimizer.name,
+        optimizer.betas,
+        optimizer.weight_decay,
+        config.ema_decay,
+        config.optim.max_grad_norm,
+        protocol,
+    )
+    assert found == PUBLISHED[name]
+    for step, rate in RATES[name].items():
+        assert config.optim.lr(step, config.steps) == pytest.approx(rate, rel=1e-6), step
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_negatives_are_the_released_ones(name):
+    """Aitical/MCLIR, options/FFANet_RESIDE_IN_fromScratch.yml: the one option file of SPN."""
+    spn = recipe(name).objective.spn
+    assert spn is not None
+    assert [s.update_every for s in spn.negatives] == [100, 200, 500, 1000]
+    assert {(s.decay, s.start) for s in spn.negatives} == {(0.1, 0.1)}
+    assert (spn.features.network, spn.features.weights) == ("vgg16", "imagenet")
+    assert spn.features.layers == {"relu1_2": 0.2, "relu2_2": 0.3, "relu3_3": 0.5}
+
+
+def test_the_released_recipe_of_spn():
+    config = recipe("dehaze/ffanet_its")
+    assert config.objective.spn is not None
+    assert (config.objective.spn.weight, config.objective.reconstruction.weight, config.seed) == (1e-3, 1, 42)
+    assert config.validation is not None
+    assert config.validation.weights == "target"  # its tests take the target's weights, not the averaged ones
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "swinir" in name])
+def test_the_stored_masks_are_those_of_the_training_patch(name):
+    config = recipe(name)
+    assert isinstance(config.arch, Swinir)
+    assert config.arch.image_size == config.data.crop_size // config.arch.scale
+
+
+def test_dehazeformers_l1_counts_as_between_images_in_minus_one_to_one():
+    for variant in "tsb":
+        assert recipe(f"dehaze/dehazeformer_{variant}_reside_in").objective.reconstruction.weight == 2
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_dataset_is_packed_by_a_command_of_the_header(name):
+    """The commands in the comments use layouts, splits and scales that exist, and write what the recipe reads."""
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    config = recipe(name)
+    assert config.validation is not None
+    written = set()
+    commands = re.findall(r"^#\s+(mcir data pack [^;\n]+)", text, re.MULTILINE)
+    loop = re.search(r"for set in ([^;]+);", text)
+    for command in commands:
+        for each in loop[1].split() if loop and "$" in command else [""]:
+            words = shlex.split(re.sub(r"\$\{?set\}?", each, command))
+            options = dict(zip(words[5::2], words[6::2], strict=True))
+            layout = LAYOUTS[options["--layout"]]
+            assert options.get("--split") in (layout.splits or (None,))
+            scale = int(options.get("--scale", 1))
+            assert scale == config.arch.descriptor.scale
+            assert scale == 1 or scale in layout.scales
+            written.add(words[4])
+    sources = [source.source for source in config.data.train]
+    sources += [data.source for data in config.validation.sets.values()]
+    assert {source.path for source in sources if isinstance(source, ParquetSource)} == written
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_trains_two_steps_and_validates(name, tmp_path):
+    config = recipe(name)
+    arch, scale = config.arch.name, config.arch.descriptor.scale
+    side = SIDES.get(arch, 32)
+    data = write_dataset(tmp_path / "data", num_rows=2, num_shards=1, side=side, scale=scale)
+    assert config.validation is not None
+    overrides = [
+        *SMALL[arch],
+        "steps=2",
+        f"batch_size={1 if arch == 'idt' else 2}",
+        f"runs_dir={tmp_path / 'runs'}",
+        "init_from=null",
+        f"data.crop_size={min(side, 16 * scale) if arch == 'swinir' else side}",
+        "data.num_workers=0",
+        f"data.train.0.source.path={data}",
+        "objective.spn.features.weights=random",
+        "objective.spn.negatives=[{update_every: 1, decay: 0.1, start: 0.1}, {decay: 0.1, start: 0.1}]",
+        *(f"validation.sets.{key}.source.path={data}" for key in list(config.validation.sets)),
+        "tracking.log_every=1",
+    ]
+    engine = build_engine(recipe(name, overrides))
+    before = [p.detach().clone() for p in engine.model.parameters()]
+    assert engine.fit() == 0
+    assert engine.num_steps == 2
+    assert engine.most_skipped == 0
+    assert any(not p.equal(old) for p, old in zip(engine.model.parameters(), before, strict=True))
+    assert (engine.run_dir / "checkpoints" / "step-00000002" / "model.safetensors").exists()
+    assert engine.best is not None
+    assert 0 < engine.best[0] < 100
