@@ -76,6 +76,11 @@ class Engine:
         self.best: tuple[float, str] | None = None  # value of the deciding metric, checkpoint that reached it
         self.skipped_in_a_row = self.most_skipped = torch.zeros((), device=accelerator.device)
 
+    def __str__(self) -> str:
+        size = sum(p.numel() for p in self.replica.parameters())
+        processes = f"{strategy(self.accelerator)} x {self.accelerator.num_processes}"
+        return f"{self.arch.name}, {size:,} parameters, {len(self.negatives.nets)} negatives, {processes}"
+
     def step(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """One optimizer step on `accumulate` micro-batches, then EMA and negatives. Collective, without a host sync.
 
@@ -117,6 +122,7 @@ class Engine:
         meter, batches = Meter(config.batch_size), iter(self.loader)
         tracker = Tracker(self.accelerator, self.run_dir, self.num_steps + 1, config.steps)
         with self.record, tracker, StopRequest(self.accelerator) as stop:
+            tracker.message(f"{self.run_dir}: {self}; curves: tensorboard --logdir {self.run_dir.parent}")
             exit_code = 0
             while self.num_steps < config.steps and not exit_code:
                 waited = time.perf_counter()

@@ -90,13 +90,15 @@ def build_accelerator(
         if rehearsal:
             _promote_to_fsdp(accelerator, fsdp_plugin)
         fsdp_plugin.transformer_cls_names_to_wrap = list(blocks)
-        # bf16 is autocast's, over fp32 weights, as under every other strategy: not FSDP's, which would cast whole blocks.
+        # bf16 is autocast, over fp32 weights, as under every other strategy; FSDP would cast whole blocks.
         fsdp_plugin.mixed_precision_policy = None
     if zero:
         deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
         deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size // world_size
         deepspeed_config["gradient_accumulation_steps"] = accumulate
         deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
+        # Its default buckets of 5e8 elements would be larger than the networks trained here.
+        deepspeed_config["zero_optimization"] |= {"reduce_bucket_size": 2**24, "allgather_bucket_size": 2**24}
         deepspeed_config["torch_autocast"] = {"enabled": wanted == "bf16", "dtype": "bfloat16"}
     return accelerator
 
