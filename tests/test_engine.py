@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from mcir.config import validate
 from mcir.data.loader import Batch
 from mcir.engine import build_engine
+from mcir.errors import UserError
 from mcir.shards import full_params
 from tests.runs import tiny_config
 
@@ -145,3 +146,23 @@ def test_the_rate_is_that_of_torch(name):
         assert config.lr(step, 30) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12)
         optimizer.step()
         reference.step()
+
+
+def test_a_run_that_cannot_recover_stops_with_the_step_and_the_last_good_checkpoint(tmp_path):
+    """A learning rate that destroys the weights: every later gradient is not finite."""
+    optim = {"optimizer": {"name": "adam", "lr": 1e30}, "max_skipped": 2}
+    values = tiny_config(tmp_path, steps=50, optim=optim, tracking={"log_every": 1}, checkpoint={"every": 1})
+    engine = build_engine(validate(values, "nan"))
+    with pytest.raises(UserError, match=r"not finite in 3 steps in a row, up to step 4 .*step-00000003"):
+        engine.fit()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(tmp_path):
+    plain = build_engine(validate(tiny_config(tmp_path), "plain"))
+    plain.fit()
+    compute = {"compile": True, "channels_last": True}
+    compiled = build_engine(validate(tiny_config(tmp_path, name="compiled", compute=compute), "compiled"))
+    compiled.fit()
+    for (name, a), (_, b) in zip(plain.model.named_parameters(), compiled.model.named_parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), name

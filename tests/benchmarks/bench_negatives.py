@@ -1,0 +1,57 @@
+"""What an update of the negatives costs: time against a training step of the same run, and bytes moved, as networks
+grow.
+
+    accelerate launch --config_file launch/accelerate/fsdp2_cpu.yaml tests/benchmarks/bench_negatives.py
+
+prints one line a network size: the update (two negatives due at once: one gather serves both) in shares of a training
+step, alone and at `update_every: 100`. Bytes are what one process receives to make the target whole."""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from mcir.config import validate
+from mcir.engine import build_engine
+from mcir.parallel import strategy
+from mcir.shards import full_params
+from tests.runs import tiny_config
+
+
+def seconds(work, times: int) -> float:
+    """Median duration."""
+    durations = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        work()
+        durations.append(time.perf_counter() - begin)
+    return statistics.median(durations)
+
+
+def main() -> None:
+    for num_features in (16, 64, 128):
+        folder = Path(tempfile.mkdtemp())
+        arch = {"name": "edsr", "scale": 2, "num_features": num_features, "num_blocks": 16}
+        values = tiny_config(folder, arch=arch, ema_decay=None)
+        values["objective"]["spn"]["negatives"] = [{"update_every": 10**9}, {"update_every": 10**9}]
+        engine = build_engine(validate(values, "benchmark"))
+        batches = iter(engine.loader)
+        engine.step([next(batches)])
+        step = seconds(lambda: engine.step([next(batches)]), 5)  # noqa: B023
+        update = seconds(lambda: engine.negatives.update(10**9), 5)  # noqa: B023
+        accelerator, name = engine.accelerator, strategy(engine.accelerator)
+        whole = sum(t.nbytes for _, t in full_params(accelerator, engine.model))
+        # DDP holds all; an all-gather brings the others' shards; ZeRO-2 makes a tensor whole by an all-reduce
+        share = {"single": 0.0, "ddp": 0.0, "zero2": 2.0}.get(name, 1.0)
+        received = share * whole * (accelerator.num_processes - 1) / accelerator.num_processes
+        if accelerator.is_main_process:
+            print(
+                f"{name} x {accelerator.num_processes}: {whole // 4:>9,} parameters, step {step * 1e3:7.1f} ms, "
+                f"update {update * 1e3:6.1f} ms = {update / step:6.1%} of a step, "
+                f"{update / step / 100:.3%} at every 100, {received / 2**20:6.1f} MiB received",
+                flush=True,
+            )
+    accelerator.end_training()
+
+
+main()
