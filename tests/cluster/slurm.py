@@ -1,0 +1,138 @@
+"""A real Slurm of two nodes on this machine, for tests: slurmctld, two slurmd and munge, with everything they write in
+one folder. Needs root and Debian's slurm-wlm and munge; no systemd."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+TOOLS = ("slurmctld", "slurmd", "munged", "mungekey", "sbatch", "srun", "scontrol", "scancel", "squeue")
+
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+CredType=cred/munge
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+ReturnToService=2
+KillWait=30
+MpiDefault=none
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+NodeName=n1 NodeAddr=127.0.0.1 NodeHostname={host} Port={first} CPUs=2 RealMemory=6000
+NodeName=n2 NodeAddr=127.0.0.1 NodeHostname={host} Port={second} CPUs=2 RealMemory=6000
+PartitionName=normal Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+
+
+class Slurm:
+    """The cluster while entered; `run` is a Slurm command's output."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> "Slurm":
+        try:
+            self._bring_up()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def _bring_up(self) -> None:
+        munge = self.folder / "munge"
+        for path in (munge, self.folder / "state", self.folder / "spool-n1", self.folder / "spool-n2"):
+            path.mkdir(parents=True)
+        munge.chmod(0o711)
+        port, first, second = _free_ports(3)
+        self.config = self.folder / "slurm.conf"
+        self.config.write_text(
+            CONFIG.format(host=socket.gethostname(), port=port, folder=self.folder, first=first, second=second)
+        )
+        subprocess.run(["mungekey", "--create", f"--keyfile={munge}/key"], check=True)
+        files = [f"--{name}-file={munge}/{name}" for name in ("key", "pid", "log", "seed")]
+        self._start("munged", "--foreground", "--force", f"--socket={munge}/socket", *files)
+        _wait_for(lambda: (munge / "socket").exists(), "munged")
+        self._start("slurmctld", "-D", "-c", "-f", str(self.config))
+        for node in ("n1", "n2"):
+            self._start("slurmd", "-D", "-f", str(self.config), "-N", node)
+        nodes = ("sinfo", "--noheader", "--partition=normal", "--format=%D %t")
+        _wait_for(lambda: self.run(*nodes).strip() == "2 idle", "two nodes")
+
+    def __exit__(self, *_: object) -> None:
+        self.run("scancel", "--signal=KILL", "--full", *self.run("squeue", "--noheader", "--format=%A").split())
+        self._stop()
+
+    def _stop(self) -> None:
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+        for daemon in self._daemons:
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+    def run(self, *command: str, **variables: str) -> str:
+        done = subprocess.run(
+            command,
+            env=os.environ | {"SLURM_CONF": str(self.config), **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout + (done.stderr if done.returncode else "")
+
+    def show(self, job: str, field: str) -> str:
+        """A field of a job, such as JobState (RUNNING, PENDING, COMPLETED, ...), as scontrol says."""
+        shown = self.run("scontrol", "show", "job", job)
+        return next((word.split("=")[1] for word in shown.split() if word.startswith(f"{field}=")), shown)
+
+    def _start(self, *command: str) -> None:
+        log = (self.folder / f"{command[0]}.out").open("ab")
+        environment = os.environ | {"SLURM_CONF": str(self.config)}
+        self._daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+
+
+def missing() -> str | None:
+    """Why there can be no Slurm here, if so."""
+    absent = [tool for tool in TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin")]
+    if absent:
+        return f"no {', '.join(absent)}: tests/cluster/install.sh installs them"
+    return None if os.geteuid() == 0 else "slurmd and slurmctld need root"
+
+
+def _free_ports(number: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(number)]
+    for opened in sockets:
+        opened.bind(("127.0.0.1", 0))
+    ports = sorted(opened.getsockname()[1] for opened in sockets)
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+def _wait_for(condition, what: str, timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what} did not come up in {timeout} s")
+        time.sleep(0.2)
