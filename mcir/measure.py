@@ -28,6 +28,7 @@ from mcir.images import Picture as ImageFile
 from mcir.images import with_rgb, write
 from mcir.inference import check_tiles, infer
 from mcir.report import (
+    COMPARISON_NOTE,
     Report,
     comparison_table,
     plot,
@@ -245,6 +246,7 @@ def _publish(report: Report, outputs: Outputs, console: Console) -> None:
     console.print(results_table(report))
     if report.pairs:
         console.print(comparison_table(report))
+        console.print(COMPARISON_NOTE, highlight=False, soft_wrap=True)
     for name, scores in report.scores.items():
         for values in scores.values():
             if outputs.divergence_dir and "agreement" in values.values:

@@ -23,6 +23,9 @@ from mcir.errors import UserError
 from mcir.evaluate import Scores
 
 CONFIDENCE = 0.95
+COMPARISON_NOTE = (
+    f"Mean difference over the same images ± its {CONFIDENCE:.0%} interval (Student's t); *: leaves out 0."
+)
 DIGITS = {"psnr": 2, "ssim": 4}
 
 
@@ -87,8 +90,7 @@ def results_table(report: Report) -> Table:
 
 def comparison_table(report: Report) -> Table:
     """Paired differences with half the length of their intervals; a star where the interval leaves out zero."""
-    caption = f"mean difference ± {CONFIDENCE:.0%} interval (t over the images); *: leaves out 0"
-    table = Table("set", "weights", "against", "PSNR, dB", "SSIM", caption=caption)
+    table = Table("set", "weights", "against", "PSNR, dB", "SSIM")
     for name, scores in report.scores.items():
         for i, (network, reference) in enumerate(report.pairs):
             cells = []
