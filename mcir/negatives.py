@@ -118,9 +118,11 @@ class Negatives(nn.Module):
                 names.append(name)
                 tensors.append(tensor)
                 num_bytes += tensor.nbytes
-            else:
+            elif name in buffers[next(iter(decays))]:
                 for k in decays:
                     buffers[k][name].copy_(tensor)
+            else:
+                raise UserError(f"FSDP2 split {name} from the parameter it is shared with: train this network with ddp")
             if num_bytes >= BUCKET_BYTES:
                 flush()
                 num_bytes = 0

@@ -116,7 +116,7 @@ def test_any_strategy_goes_on_from_any_other(folder, runs, written_by, read_by, 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_inside_the_processes(folder, name):
-    """Shards are real, negatives equal on both ranks to the bit at every step, and NaN on one rank skips the step
+    """Shards are real, negatives equal on both ranks to the bit at every step; NaN on one rank skips the step
     on both."""
     output = folder / f"inspect-{name}"
     output.mkdir()
@@ -142,3 +142,19 @@ def test_inside_the_processes(folder, name):
         assert [record["uneven"][0][0] for record in ranks] == [4, 3]  # 7 features over two ranks
     if name == "zero3":
         assert all(record["partitioned"] < 0.6 * total for record in ranks)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_tied_frozen_and_uneven_parameters_and_running_statistics(tmp_path, name):
+    """Negatives follow the rule exactly where parameters are shared, frozen or odd and ranks' statistics differ."""
+    script = str(ROOT / "tests" / "distributed" / "inspect_negatives.py")
+    process = run(f"{name}_cpu", str(tmp_path), script=script)
+    assert process.returncode == 0, process.stdout
+    for rank in range(2):
+        record = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert record["error"] < 1e-6
+        assert {"frozen.weight", "middle.weight", "norm.running_mean"} <= set(record["keys"])
+        assert record["checksums"][0] == record["checksums"][1]
+        assert record["statistics"][0] == record["statistics"][1]
+        assert record["own_statistics_differ"][0] != record["own_statistics_differ"][1]
+        assert record["frozen"]
