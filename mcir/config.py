@@ -132,6 +132,8 @@ class RunConfig(_Section):
             metrics = [f"{name}/{metric}" for name in self.validation.sets for metric in ("psnr", "ssim")]
             if self.validation.best is not None and self.validation.best not in metrics:
                 faults.append(f"validation.best: no {self.validation.best}; there are {', '.join(metrics)}")
+            if scale == 1 and any(data.protocol == "sr" for data in self.validation.sets.values()):
+                faults.append("validation.sets: the protocol sr is for super-resolution; this network keeps the size")
         for place, degradation in places:
             if degradation is not None and degradation.scale != scale:
                 faults.append(f"{place}.degradation: its scale is {degradation.scale}, the network's is {scale}")
@@ -150,7 +152,7 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfi
         path, equals, text = override.partition("=")
         if not equals or not path:
             raise UserError(f"{override}: an override is written path=value, such as optim.optimizer.lr=1e-4")
-        _set(merged, path, _parse(text, override))
+        _set(merged, path, parse_yaml(text, override))
     return validate(merged, " + ".join(map(str, paths)))
 
 
@@ -179,7 +181,8 @@ def _yaml() -> YAML:
     return yaml
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML 1.2; UserError with the place (`where`, line, column) of a mistake."""
     try:
         return _yaml().load(text)
     except MarkedYAMLError as error:
@@ -190,7 +193,7 @@ def _parse(text: str, where: str) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = _parse(path.read_text(encoding="utf-8"), str(path))
+        values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -3,6 +3,7 @@ ranks."""
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -185,7 +186,7 @@ class Engine:
             tracker.message(f"step {self.num_steps}: {name} PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f}")
         where, metric = (validation.best or f"{next(iter(validation.sets))}/psnr").rsplit("/", 1)
         value = results[where][0].mean()[metric]
-        if self.best is None or value > self.best[0]:
+        if math.isfinite(value) and (self.best is None or value > self.best[0]):
             self.best = value, f"step-{self.num_steps:08d}"
             best = {"metric": f"{where}/{metric}", "value": value, "checkpoint": self.best[1]}
             self.record.update(step=self.num_steps, best=best)

@@ -24,7 +24,12 @@ def choose(accelerator: Accelerator, runs_dir: str, name: str, resume: str) -> t
     chosen: list[str | None] = [None, None]
     if accelerator.is_main_process:
         directory, checkpoint = _choose(Path(runs_dir) / name, resume)
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the run directory {directory} cannot be made ({error.strerror}): change runs_dir"
+            ) from None
         chosen = [str(directory), str(checkpoint) if checkpoint else None]
     broadcast_object_list(chosen)
     assert chosen[0] is not None

@@ -10,8 +10,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from mcir.config import ValidationSet, load
-from mcir.config import _parse as parse_yaml
+from mcir.config import ValidationSet, load, parse_yaml
 from mcir.data.degrade import Bicubic
 from mcir.errors import UserError
 from mcir.metrics import PROTOCOLS

@@ -17,8 +17,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from mcir.archs import Arch, parse
-from mcir.config import _parse as parse_yaml
-from mcir.config import load
+from mcir.config import load, parse_yaml
 from mcir.errors import UserError
 from mcir.weights import EMA_ENTRIES, WEIGHTS_FILE, build_from, load_into, read_metadata
 

@@ -116,10 +116,7 @@ def _read(path: Path) -> Any:
                 f"{path}: holds objects besides tensors ({found[1] or found[2]}), which are never executed; save its "
                 "state_dict alone (torch.save(model.state_dict(), …)) where you trust the file"
             ) from error
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"{path}: not a readable PyTorch file ({reason[0] if reason else type(error).__name__})"
-        ) from error
+        raise UserError(f"{path}: not a readable PyTorch file; download or save it again") from error
 
 
 def _unwrap(content: Any, prefer: Literal["params", "ema"]) -> tuple[dict[str, Tensor], str]:

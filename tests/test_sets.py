@@ -68,7 +68,7 @@ def test_a_config_and_a_mapping(images):
         (["{clean}"], 1, "rgb", "clean images only, and nothing says how to degrade"),
         (["{clean}", "{clean}"], 2, None, "two sets are called clean"),
         (["{clean},{degraded}"], 2, None, "give the pair of folders a name"),
-        (["x={clean},/nowhere"], 2, None, "no images in /nowhere"),
+        (["x={clean},/nowhere"], 2, None, "/nowhere is not a folder"),
         (["x=/nowhere"], 2, None, "nothing there that can be read"),
         (["x=/nowhere.yaml"], 2, None, "/nowhere.yaml cannot be read"),
         (["x={{source: {{format: folders, clean: {clean}}}, degradation: {{name: noise}}}}"], 2, None, "to scale 1"),
