@@ -278,6 +278,9 @@ def pack(
     seed: Annotated[int, typer.Option(help="Of the row shuffling; -1 keeps the order of the files.")] = 0,
     num_shards: Annotated[int | None, typer.Option(help="Number of shards, instead of --shard-mib.")] = None,
     shard_mib: Annotated[int, typer.Option(help="Size of a shard.")] = 256,
+    degradation: Annotated[
+        str | None, typer.Option(help="Makes degraded images of clean ones, such as '{name: bicubic, scale: 4}'.")
+    ] = None,
     num_workers: Annotated[int, typer.Option(help="Processes.")] = 4,
 ) -> None:
     """Write image folders as the Parquet shards that training and evaluation stream. Interrupted, it continues."""
@@ -293,6 +296,7 @@ def pack(
         seed=None if seed < 0 else seed,
         num_shards=num_shards,
         shard_bytes=shard_mib * 2**20,
+        degradation=_degradation(degradation),
         split="test" if split == "test" else "validation" if split == "validation" else "train",
     )
     pairs = _pairs(source, layout, degraded, split, scale)
@@ -322,6 +326,21 @@ def inspect(
     if sheet:
         contact_sheet(report.examples).save(sheet)
     raise typer.Exit(1 if report.faults else 0)
+
+
+def _degradation(text: str | None) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    from mcir.config import parse_yaml
+    from mcir.data.degrade import AnyDegradation
+
+    if text is None:
+        return None
+    try:
+        return TypeAdapter(AnyDegradation).validate_python(parse_yaml(text, "--degradation"))
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
+        raise UserError(f"--degradation {text}: {faults}") from None
 
 
 def _pairs(source: Path, layout: str | None, degraded: Path | None, split: str | None, scale: int):

@@ -36,8 +36,9 @@ def dataset_card(shards: Sequence[Path], pairs: Pairs, options: "Options") -> st
         step = options.crop_step or options.crop_size
         cut = f"sub-images of {options.crop_size} pixels, {step} apart, as lossless {options.crop_format}"
     order = "in the order of their keys" if options.seed is None else f"shuffled with seed {options.seed}"
+    made = f", made of `clean` by {options.degradation!r}" if options.degradation else ""
     degraded = (
-        f"| `degraded` | Image | the input; its sides are those of `clean` / {pairs.scale}, rounded down |\n"
+        f"| `degraded` | Image | the input{made}; its sides are those of `clean` / {options.scale(pairs)}, rounded down |\n"
         if "degraded" in columns
         else ""
     )

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from mcir.data.card import dataset_card
 from mcir.data.decode import decode
+from mcir.data.degrade import AnyDegradation
 from mcir.data.layouts import Pair, Pairs
 from mcir.errors import UserError
 
@@ -60,8 +62,13 @@ class Options:
     shard_bytes: int = 256 * 2**20
     """Size that decides the number of shards where num_shards does not."""
     split: Literal["train", "validation", "test"] = "train"
+    degradation: AnyDegradation | None = None
+    """Makes the degraded images of clean-only samples, once and for all, seeded by `seed` and the sample's key."""
 
-    def check(self, scale: int) -> None:
+    def check(self, pairs: Pairs) -> None:
+        if self.degradation is not None and any(pair.degraded for pair in pairs.samples):
+            raise UserError("the samples are pairs already: leave the degradation out")
+        scale = self.scale(pairs)
         if self.crop_size is None and self.crop_step is not None:
             raise UserError("crop_step is given without crop_size")
         for name in ("crop_size", "crop_step"):
@@ -71,6 +78,9 @@ class Options:
         if (self.num_shards is not None and self.num_shards < 1) or self.shard_bytes < 1:
             raise UserError("num_shards and shard_bytes must be at least 1")
 
+    def scale(self, pairs: Pairs) -> int:
+        return self.degradation.scale if self.degradation else pairs.scale
+
 
 def pack(pairs: Pairs, output: Path, options: Options, num_workers: int = 1) -> list[Path]:
     """Write `pairs` as shards and a README.md (dataset card) into the folder `output`; the shards in order.
@@ -78,7 +88,7 @@ def pack(pairs: Pairs, output: Path, options: Options, num_workers: int = 1) -> 
     A pack of the same samples and options that was interrupted is continued. `num_workers` processes share the work
     (0 or 1: this one alone). Raises UserError: bad or unequal images (file named), something else in `output`.
     """
-    options.check(pairs.scale)
+    options.check(pairs)
     if not pairs.samples:
         raise UserError("there is nothing to pack")
     output.mkdir(parents=True, exist_ok=True)
@@ -98,7 +108,7 @@ def pack(pairs: Pairs, output: Path, options: Options, num_workers: int = 1) -> 
     if num_shards > len(rows):
         raise UserError(f"{num_shards} shards for {len(rows)} rows: lower num_shards or raise shard_bytes")
     order = range(len(rows)) if options.seed is None else np.random.default_rng(options.seed).permutation(len(rows))
-    schema = _schema(pairs.samples[0].degraded is not None)
+    schema = _schema(pairs.samples[0].degraded is not None or options.degradation is not None)
     shards = [output / f"{options.split}-{shard:05}-of-{num_shards:05}.parquet" for shard in range(num_shards)]
     tasks = []
     for shard, path in enumerate(shards):
@@ -211,12 +221,20 @@ def _rows(pair: Pair, pairs: Pairs, options: Options) -> list[dict[str, Any]]:
     whole = images[0].shape
     if len(images) == 2:
         images[0] = _fitting(images[0], images[1], pair, pairs)
+    scale = options.scale(pairs)
+    if options.degradation is not None:
+        images[0] = images[0][:, : whole[1] // scale * scale, : whole[2] // scale * scale]
+        rng = np.random.default_rng([options.seed or 0, zlib.crc32(pair.key.encode())])
+        images.append(options.degradation(images[0], rng))
+        files.append(pair.clean)
     if options.crop_size is None:
-        encoded = [(data, path.name) for data, path in zip(original, files, strict=True)]
+        encoded = [(data, path.name) for data, path in zip(original, files, strict=False)]
         if images[0].shape != whole:
             encoded[0] = _encode(images[0], pair.clean, pair.clean.stem, options.crop_format)
-        return [_row(pair.key, encoded[0], encoded[1] if pair.degraded else None)]
-    scale, step = pairs.scale, options.crop_step or options.crop_size
+        if options.degradation is not None:
+            encoded.append(_encode(images[1], pair.clean, pair.clean.stem, options.crop_format))
+        return [_row(pair.key, encoded[0], encoded[1] if len(encoded) == 2 else None)]
+    step = options.crop_step or options.crop_size
     height, width = (side // scale * scale for side in images[0].shape[-2:])
     corners = [
         (top, left)
@@ -231,7 +249,7 @@ def _rows(pair: Pair, pairs: Pairs, options: Options) -> list[dict[str, Any]]:
             y, x, bottom, right = top // ratio, left // ratio, height // ratio, width // ratio
             crop = image[:, y : min(y + size, bottom), x : min(x + size, right)]
             crops.append(_encode(crop, path, f"{path.stem}_s{number:03}", options.crop_format))
-        rows.append(_row(f"{pair.key}_s{number:03}", crops[0], crops[1] if pair.degraded else None))
+        rows.append(_row(f"{pair.key}_s{number:03}", crops[0], crops[1] if len(crops) == 2 else None))
     return rows
 
 
@@ -270,7 +288,8 @@ def _schema(paired: bool) -> pa.Schema:
 
 
 def _spool(file: Path, pair: Pair, pairs: Pairs, options: Options) -> None:
-    table = pa.Table.from_pylist(_rows(pair, pairs, options), _schema(pair.degraded is not None))
+    paired = pair.degraded is not None or options.degradation is not None
+    table = pa.Table.from_pylist(_rows(pair, pairs, options), _schema(paired))
 
     def write(part: Path) -> None:
         with pa.ipc.new_file(part, table.schema) as writer:

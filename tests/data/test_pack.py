@@ -17,8 +17,11 @@ from torchvision.transforms.functional import center_crop
 
 from mcir.data import pack as pack_module
 from mcir.data.card import checksums
-from mcir.data.layouts import find_pairs, pair_folders
+from mcir.data.decode import decode
+from mcir.data.degrade import Bicubic
+from mcir.data.layouts import Pair, Pairs, find_pairs, pair_folders
 from mcir.data.pack import Options, crop_positions, pack
+from mcir.data.resize import imresize
 from mcir.errors import UserError
 
 
@@ -289,3 +292,27 @@ def test_another_pack_or_other_files_in_the_folder_are_refused(photographs, tmp_
 def test_options_that_cannot_be_meant(photographs, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         pack(photographs, tmp_path / "out", options)
+
+
+@pytest.mark.parametrize("crop_size", [None, 8])
+def test_degraded_images_are_made_of_clean_ones(tmp_path, crop_size):
+    """The stored degraded image is MATLAB's bicubic of the whole clean one, cropped to a multiple of the scale."""
+    (tmp_path / "clean").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (17, 18, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "clean" / "a.png")
+    options = Options(degradation=Bicubic(scale=2), crop_size=crop_size)
+    pack(pair_folders(tmp_path / "clean"), tmp_path / "out", options)
+    rows = [row for file in (tmp_path / "out").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    expected = imresize(torch.from_numpy(pixels).permute(2, 0, 1)[:, :16], 1 / 2)
+    whole = torch.zeros(3, 8, 9, dtype=torch.uint8)
+    for row, (top, left) in zip(sorted(rows, key=lambda row: row["key"]), crops_of(crop_size), strict=True):
+        degraded = decode(row["degraded"]["bytes"], row["key"])
+        whole[:, top : top + degraded.shape[1], left : left + degraded.shape[2]] = degraded
+    assert torch.equal(whole, expected)
+    with pytest.raises(UserError, match="pairs already"):
+        options.check(Pairs((Pair("a", tmp_path / "a.png", tmp_path / "a.png"),)))
+
+
+def crops_of(crop_size):
+    """Corners, in degraded pixels, of what is cut from 16 x 18 clean pixels, in order."""
+    return [(0, 0)] if crop_size is None else [(y, x) for y in (0, 4) for x in (0, 4, 5)]
