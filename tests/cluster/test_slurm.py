@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cluster.slurm import Slurm, missing
+from tests.cluster.tools import tool
 from tests.distributed.launch import ROOT, environment, run, write_config
 from tests.runs import tiny_config
 
@@ -163,8 +163,5 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, tmp_path):
 
 
 def test_shellcheck_finds_nothing():
-    shellcheck = shutil.which("shellcheck")
-    if shellcheck is None:
-        pytest.skip("no shellcheck: tests/cluster/install.sh installs it")
-    done = subprocess.run([shellcheck, str(SCRIPT)], capture_output=True, text=True, check=False)
+    done = subprocess.run([tool("shellcheck"), str(SCRIPT)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
