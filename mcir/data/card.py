@@ -38,7 +38,8 @@ def dataset_card(shards: Sequence[Path], pairs: Pairs, options: "Options") -> st
     order = "in the order of their keys" if options.seed is None else f"shuffled with seed {options.seed}"
     made = f", made of `clean` by {options.degradation!r}" if options.degradation else ""
     degraded = (
-        f"| `degraded` | Image | the input{made}; its sides are those of `clean` / {options.scale(pairs)}, rounded down |\n"
+        f"| `degraded` | Image | the input{made}; its sides are those of `clean` / {options.scale(pairs)}, "
+        "rounded down |\n"
         if "degraded" in columns
         else ""
     )
