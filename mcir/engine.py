@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mcir import runs
+from mcir.archs import Arch
 from mcir.checkpoint import Checkpoint, Checkpointer, to_cpu
 from mcir.config import RunConfig, dump
 from mcir.data.loader import Batch, Loader
@@ -56,9 +59,13 @@ class Engine:
         self.objective = Objective(config.objective).to(accelerator.device)
         self.replica = deepcopy(net).requires_grad_(False).eval()  # validation and export need the weights whole
         optimizer = config.optim.optimizer.build(net.parameters())
+        if config.compute.checkpoint_activations:
+            for block in _blocks(net, self.arch):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
         if config.compute.compile:
             for module in [net, *self.negatives.nets]:
-                _compile_blocks(module, self.arch.descriptor.blocks)
+                for block in _blocks(module, self.arch):
+                    block.compile()
         self.model, self.optimizer = accelerator.prepare(net, optimizer)
         self.model.train()
         self.negatives.sync(accelerator, self.model)
@@ -122,7 +129,7 @@ class Engine:
             return 0
         meter, batches = Meter(config.batch_size), iter(self.loader)
         tracker = Tracker(self.accelerator, self.run_dir, self.num_steps + 1, config.steps)
-        with self.record, tracker, StopRequest(self.accelerator) as stop:
+        with self.record, tracker, StopRequest(self.accelerator, config.compute.timeout_s) as stop:
             tracker.message(f"{self.run_dir}: {self}; curves: tensorboard --logdir {self.run_dir.parent}")
             exit_code = 0
             while self.num_steps < config.steps and not exit_code:
@@ -144,6 +151,7 @@ class Engine:
                     if exit_code:
                         tracker.message(f"stopped at step {self.num_steps}, saved {path}; go on with --resume auto")
             self.record.end(exit_code, self.num_steps)
+            self.accelerator.wait_for_everyone()  # a launcher may end all when the first process has ended
         return exit_code
 
     def _log(self, tracker: Tracker, meter: Meter) -> None:
@@ -317,10 +325,8 @@ def _on_gpu(accelerator: Accelerator) -> bool:
     return accelerator.device.type == "cuda"
 
 
-def _compile_blocks(net: nn.Module, names: Sequence[str]) -> None:
-    for module in net.modules():
-        if type(module).__name__ in names:
-            module.compile()
+def _blocks(net: nn.Module, arch: Arch) -> list[nn.Module]:
+    return [module for module in net.modules() if type(module).__name__ in arch.descriptor.blocks]
 
 
 def _collect(whole: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:

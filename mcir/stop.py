@@ -2,6 +2,7 @@
 step."""
 
 import signal
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,9 +18,11 @@ saved too."""
 class StopRequest:
     """While entered, SIGINT, SIGTERM and SIGUSR1 are noted instead of obeyed. A second SIGINT is obeyed."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        # A gloo group of its own: the flag never waits for the GPU.
-        self._group: Any = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    def __init__(self, accelerator: Accelerator, timeout_s: float = 1800) -> None:
+        # A gloo group of its own: the flag never waits for the GPU. It times out like the group that trains.
+        timeout = timedelta(seconds=timeout_s)
+        several = accelerator.num_processes > 1
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if several else None
         self._received = 0
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
 
