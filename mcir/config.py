@@ -84,6 +84,8 @@ class ComputeConfig(_Section):
     """By default what the launch file's mixed_precision says."""
     compile: bool = False
     """torch.compile of the network's repeated blocks, shared by target and negatives."""
+    checkpoint_activations: bool = False
+    """Compute the activations of the target's repeated blocks again in the backward pass instead of keeping them."""
     channels_last: bool | None = None
     """By default what pays on the network, on a GPU."""
     timeout_s: PositiveInt = 1800

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mcir import runs
-from mcir.archs import Arch
+from mcir.archs.base import blocks_of, checkpoint_activations
 from mcir.checkpoint import Checkpoint, Checkpointer, to_cpu
 from mcir.config import RunConfig, dump
 from mcir.data.loader import Batch, Loader
@@ -60,11 +58,10 @@ class Engine:
         self.replica = deepcopy(net).requires_grad_(False).eval()  # validation and export need the weights whole
         optimizer = config.optim.optimizer.build(net.parameters())
         if config.compute.checkpoint_activations:
-            for block in _blocks(net, self.arch):
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            checkpoint_activations(net, self.arch.descriptor)
         if config.compute.compile:
             for module in [net, *self.negatives.nets]:
-                for block in _blocks(module, self.arch):
+                for block in blocks_of(module, self.arch.descriptor):
                     block.compile()
         self.model, self.optimizer = accelerator.prepare(net, optimizer)
         self.model.train()
@@ -323,10 +320,6 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
 
 def _on_gpu(accelerator: Accelerator) -> bool:
     return accelerator.device.type == "cuda"
-
-
-def _blocks(net: nn.Module, arch: Arch) -> list[nn.Module]:
-    return [module for module in net.modules() if type(module).__name__ in arch.descriptor.blocks]
 
 
 def _collect(whole: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from mcir.archs.base import checkpoint_activations
 from mcir.config import RunConfig
 from mcir.losses.objective import Objective
 
@@ -60,6 +61,8 @@ def _activations(config: RunConfig, net: nn.Module, world_size: int) -> int:
             kept[id(tensor)] = tensor
         return tensor
 
+    if config.compute.checkpoint_activations:
+        checkpoint_activations(net, config.arch.descriptor)
     side = config.data.crop_size // config.arch.descriptor.scale
     batch = max(1, config.batch_size // config.accumulate // world_size)
     with torch.device("meta"):

@@ -166,3 +166,18 @@ def test_compiled_blocks_train_the_same(tmp_path):
     compiled.fit()
     for (name, a), (_, b) in zip(plain.model.named_parameters(), compiled.model.named_parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), name
+
+
+def test_checkpointed_activations_change_nothing_and_are_not_kept(tmp_path):
+    def trained(name, on):
+        values = tiny_config(tmp_path, name=name, steps=2, compute={"checkpoint_activations": on})
+        engine = build_engine(validate(values, name))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            engine.model(torch.rand(1, 3, 32, 32))
+        engine.fit()
+        return [p.detach() for p in engine.model.parameters()], sum(kept)
+
+    (plain, all_kept), (checkpointed, kept) = trained("plain", False), trained("checkpointed", True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+    assert kept < 0.8 * all_kept

@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,17 @@ class Arch(BaseModel, ABC):
     @abstractmethod
     def build(self) -> nn.Module:
         """A freshly initialised network (as its repository initialises it), drawn from torch's global generator."""
+
+
+def blocks_of(net: nn.Module, descriptor: Descriptor) -> list[nn.Module]:
+    """The repeated blocks of a network, in order."""
+    return [module for module in net.modules() if type(module).__name__ in descriptor.blocks]
+
+
+def checkpoint_activations(net: nn.Module, descriptor: Descriptor) -> None:
+    """Have the repeated blocks computed again in the backward pass; names, weights and results stay the same."""
+    for block in blocks_of(net, descriptor):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def under(name: str, module: nn.Module) -> nn.Module:
