@@ -10,7 +10,8 @@ import signal
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from itertools import islice, repeat
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,7 +65,8 @@ class DataConfig(BaseModel):
     shuffle_buffer: PositiveInt = 1024
     """Undecoded rows that a process may hold for shuffling."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What a row that cannot be used does: stop the run, or be left out of its batch, counted and logged."""
+    """What a row that cannot be used does: stop the run, or be left out of its batch, counted and logged. A unit (row
+    group, tar, file) that turns unreadable counts row by row; one that cannot even be opened always stops the run."""
 
 
 @dataclass(frozen=True)
@@ -75,70 +77,120 @@ class _Failure:
 _Sample = tuple[str, Tensor, Tensor]
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """Some samples of one worker, in order: a key or a failure each. The images of the keys are stacked where they can
+    be: a tensor less is a file descriptor less to send."""
+
+    labels: list[str | _Failure]
+    degraded: Tensor | list[Tensor]
+    clean: Tensor | list[Tensor]
+
+    @classmethod
+    def of(cls, samples: list[_Sample | _Failure]) -> "_Chunk":
+        good = [sample for sample in samples if not isinstance(sample, _Failure)]
+        labels = [sample if isinstance(sample, _Failure) else sample[0] for sample in samples]
+        degraded, clean = [sample[1] for sample in good], [sample[2] for sample in good]
+        if len({image.dtype for image in degraded + clean}) == 1:  # not some of 8 and some of 16 bits
+            return cls(labels, torch.stack(degraded), torch.stack(clean))
+        return cls(labels, degraded, clean)
+
+    def samples(self) -> Iterator[_Sample | _Failure]:
+        images = zip(self.degraded, self.clean, strict=True)
+        for label in self.labels:
+            yield label if isinstance(label, _Failure) else (label, *next(images))
+
+
 class _SampleStream(IterableDataset):
-    """This rank's samples from `position` on, for ever; a worker yields every W-th of them."""
+    """This rank's samples from `position` on, for ever; a worker yields every W-th of them, `chunk` at a time."""
 
-    def __init__(self, data: DataConfig, scale: int, seed: int, position: int, stride: int) -> None:
+    def __init__(self, data: DataConfig, scale: int, seed: int, position: int, stride: int, chunk: int) -> None:
         self.data, self.scale, self.seed = data, scale, seed
-        self.position, self.stride = position, stride
+        self.position, self.stride, self.chunk = position, stride, chunk
+        try:
+            self.mixture = Mixture.of([train.weight for train in data.train], seed)
+        except ValueError as error:
+            raise UserError(f"data.train: {error}") from error
+        self.units = [train.source.open() for train in data.train]  # once, for all workers
 
-    def __iter__(self) -> Iterator[_Sample | _Failure]:
+    def __iter__(self) -> Iterator[_Chunk]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        try:
-            streams = [_Stream(s, self.seed + i, self.data.shuffle_buffer) for i, s in enumerate(self.data.train)]
-            mixture = Mixture.of([s.weight for s in self.data.train], self.seed)
-        except (UserError, ValueError) as error:
-            while True:
-                yield _Failure(str(error))
-        position = self.position + first * self.stride
+        samples = self.samples(self.position + first * self.stride, step * self.stride)
         while True:
-            which, index = mixture.locate(position)
-            epoch, row = streams[which].read(index)
-            # not hash(): it differs between processes
-            rng = np.random.default_rng([self.seed, epoch, which, zlib.crc32(row.key.encode())])
+            yield _Chunk.of(list(islice(samples, self.chunk)))
+
+    def samples(self, position: int, stride: int) -> Iterator[_Sample | _Failure]:
+        """The samples at `position`, `position + stride`, ..."""
+        streams = [_Stream(units, self.seed + i, self.data.shuffle_buffer) for i, units in enumerate(self.units)]
+        while True:
+            which, index = self.mixture.locate(position)
+            train = self.data.train[which]
             try:
-                degraded, clean = training_pair(
-                    row, self.data.crop_size, self.scale, self.data.train[which].degradation, self.data.augment, rng
+                epoch, row = streams[which].read(index)
+                # not hash(): it differs between processes
+                rng = np.random.default_rng([self.seed, epoch, which, zlib.crc32(row.key.encode())])
+                yield (
+                    row.key,
+                    *training_pair(row, self.data.crop_size, self.scale, train.degradation, self.data.augment, rng),
                 )
-                yield row.key, degraded, clean
             except UserError as error:
                 yield _Failure(str(error))
-            position += step * self.stride
+            position += stride
 
 
 class _Stream:
     """Random access by rising index to one source, holding the current window of each lane that is asked for."""
 
-    def __init__(self, train: TrainSource, seed: int, buffer: int) -> None:
-        self.units: Units = train.source.open()
-        self.order = Order(self.units.lengths, seed, buffer)
-        self.windows: dict[int, tuple[int, int, dict[int, Row]]] = {}  # lane -> (epoch, first row, place -> row)
-        self.readers: dict[int, tuple[int, int, Iterator[Row]]] = {}  # lane -> (epoch, next row, reader)
+    def __init__(self, units: Units, seed: int, buffer: int) -> None:
+        self.units = units
+        self.order = Order(units.lengths, seed, buffer)
+        self.windows: dict[int, _Window] = {}  # of each lane
+        self.readers: dict[int, tuple[int, int, Iterator[Row | UserError]]] = {}  # lane -> (epoch, next row, reader)
 
     def read(self, index: int) -> tuple[int, Row]:
+        """(epoch, row) of a sample. UserError where its row cannot be read."""
         epoch, lane, place = self.order.locate(index)
-        first, last, permutation = self.order.window_of(epoch, lane, place)
-        held = self.windows.get(lane)
-        if held is None or held[:2] != (epoch, first):
-            rows = self._rows(epoch, lane, first, last)
-            held = (epoch, first, {first + place: rows[row] for place, row in enumerate(permutation)})
-            self.windows[lane] = held
-        return epoch, held[2][place]
+        window = self.windows.get(lane)
+        if window is None or window.epoch != epoch or not window.first <= place < window.last:
+            window = self.windows[lane] = self._window(epoch, lane, place)
+        row = window.rows[place - window.first]
+        if isinstance(row, UserError):
+            raise row
+        return epoch, row
 
-    def _rows(self, epoch: int, lane: int, first: int, last: int) -> list[Row]:
+    def _window(self, epoch: int, lane: int, place: int) -> "_Window":
+        first, last, permutation = self.order.window_of(epoch, lane, place)
         at_epoch, at, reader = self.readers.get(lane, (-1, -1, iter(())))
         if (at_epoch, at) != (epoch, first):
             reader = self._sequence(epoch, self.order.lane_range(lane)[0] + first)
-        rows = [next(reader) for _ in range(last - first)]
+        rows = list(islice(reader, last - first))
         self.readers[lane] = (epoch, last, reader)
-        return rows
+        return _Window(epoch, first, last, [rows[row] for row in permutation])
 
-    def _sequence(self, epoch: int, row: int) -> Iterator[Row]:
+    def _sequence(self, epoch: int, row: int) -> Iterator[Row | UserError]:
+        """The epoch's rows from `row` on. Where a unit cannot be read (any further), each of its rows left is an error,
+        so that every position still has its one outcome."""
         while row < self.order.num_rows:
             _, unit, start = self.order.unit_at(epoch, row)
-            yield from self.units.rows(unit, start)
-            row += self.order.lengths[unit] - start
+            left = self.order.lengths[unit] - start
+            row += left
+            try:
+                for read in self.units.rows(unit, start):
+                    left -= 1
+                    yield read
+            except UserError as error:
+                yield from repeat(error, left)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The rows of places `first` to `last` - 1 of a lane, in the order of the samples."""
+
+    epoch: int
+    first: int
+    last: int
+    rows: list[Row | UserError]
 
 
 class Loader:
@@ -165,30 +217,43 @@ class Loader:
         self.num_skipped = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        samples = _SampleStream(self.data, self.scale, self.seed, self.position + self.rank, self.world_size)
-        loader = DataLoader(
-            samples,
-            batch_size=None,  # a worker yields samples, not batches: only then does it read its own lanes alone
-            num_workers=self.data.num_workers,
-            prefetch_factor=max(2, 2 * self.batch_size // self.world_size // self.data.num_workers)
-            if self.data.num_workers
-            else None,
-            worker_init_fn=_ignore_signals,
-        )
-        stream = iter(loader)
+        stream = self._samples(self.batch_size // self.world_size)
         while True:
-            batch = [next(stream) for _ in range(self.batch_size // self.world_size)]
+            batch = list(islice(stream, self.batch_size // self.world_size))
             good = [sample for sample in batch if not isinstance(sample, _Failure)]
-            for failure in (sample for sample in batch if isinstance(sample, _Failure)):
+            failures = [sample for sample in batch if isinstance(sample, _Failure)]
+            for failure in failures:
                 if self.data.on_error == "fail":
                     raise UserError(failure.message)
                 self.num_skipped += 1
                 log.warning("skipped: %s", failure.message)
             if not good:
-                raise UserError(f"no usable row in a whole batch, the last: {batch[-1].message}")
+                raise UserError(f"no usable row in a whole batch, the last: {failures[-1].message}")
             self.position += self.batch_size
             keys, degraded, clean = zip(*good, strict=True)
             yield Batch(self._to_device(degraded), self._to_device(clean), list(keys))
+
+    def _samples(self, batch_size: int) -> Iterator[_Sample | _Failure]:
+        """This rank's samples in order, `batch_size` of them in a batch."""
+        position, num_workers = self.position + self.rank, self.data.num_workers
+        chunk = max(1, batch_size // max(1, num_workers))
+        stream = _SampleStream(self.data, self.scale, self.seed, position, self.world_size, chunk)
+        if not num_workers:
+            yield from stream.samples(position, self.world_size)
+        chunks = iter(
+            DataLoader(
+                stream,
+                batch_size=None,  # a worker yields chunks of its own, not batches: so it reads its own lanes alone
+                num_workers=num_workers,
+                prefetch_factor=max(2, -(-2 * batch_size // (num_workers * chunk))),
+                collate_fn=_as_it_is,
+                worker_init_fn=_ignore_signals,
+            )
+        )
+        while True:  # the DataLoader asks its workers in turn
+            turns = [next(chunks).samples() for _ in range(num_workers)]
+            for _ in range(chunk):
+                yield from map(next, turns)
 
     def _to_device(self, images: tuple[Tensor, ...]) -> Tensor:
         if len({image.dtype for image in images}) > 1:  # 8 and 16 bit files in one batch
@@ -202,6 +267,10 @@ class Loader:
 def to_float(image: Tensor) -> Tensor:
     """uint8 -> fp32 in [0, 1]; floats pass."""
     return image.float().div_(255) if image.dtype == torch.uint8 else image
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk
 
 
 def _ignore_signals(worker: int) -> None:

@@ -1,26 +1,34 @@
 """Where images come from: every format as a list of units of known length whose rows can be read from any row on.
 
 The rows are undecoded: `clean` and `degraded` are the bytes of image files. Parquet, local or on the Hub, goes through
-Hugging Face `datasets`, one row group a unit.
+Hugging Face `datasets`, one row group a unit, page checksums verified. `open` reads what there is once (footers, tar
+headers, folder listings) and every process of a rank works from that; a file is opened when one of its units is read.
+
+What cannot be opened (no files, a damaged footer, halves without a partner, a name twice) is an error at once, since
+without it nobody knows how many rows there are. A unit that turns out unreadable later raises UserError from its first
+unreadable row on.
 """
 
-import logging
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mcir.data.layouts import IMAGE_SUFFIXES, Pair, pair_folders
 from mcir.errors import UserError
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 ROWS_AT_ONCE = 16
 FILES_IN_A_UNIT = 16
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Units:
-    """`lengths[u]` rows in unit u; `rows(u, start)` yields them from row `start` on."""
+    """`lengths[u]` rows in unit u; `rows(u, start)` yields them from row `start` on. Worker processes get a copy."""
 
     lengths: tuple[int, ...]
     rows: Callable[[int, int], Iterator[Row]]
@@ -86,14 +94,16 @@ class HubSource(Source):
         from datasets import load_dataset_builder
 
         try:
-            builder = load_dataset_builder(self.repo, revision=self.revision)
-            files = [str(file) for file in (builder.config.data_files or {}).get(self.split, [])]
+            splits = load_dataset_builder(self.repo, revision=self.revision).config.data_files or {}
         except Exception as error:
             raise UserError(
                 f"the Hub dataset {self.repo} cannot be opened ({error}); check name, network and HF_HUB_OFFLINE"
             ) from error
-        if not files or not all(file.endswith(".parquet") for file in files):
-            raise UserError(f"the Hub dataset {self.repo} has no Parquet files in split {self.split}")
+        if self.split not in splits:
+            raise UserError(f"the Hub dataset {self.repo} has no split {self.split}; it has {', '.join(splits)}")
+        files = [str(file) for file in splits[self.split]]
+        if other := [file for file in files if not file.endswith(".parquet")]:
+            raise UserError(f"the Hub dataset {self.repo} is not stored as Parquet: split {self.split} has {other[0]}")
         return _parquet(files, self.repo)
 
 
@@ -105,26 +115,14 @@ class FolderSource(Source):
     degraded: str | None = None
 
     def open(self) -> Units:
-        clean = _images(self.clean)
-        degraded = _images(self.degraded) if self.degraded else {}
-        if self.degraded and clean.keys() != degraded.keys():
-            odd = sorted(clean.keys() ^ degraded.keys())
-            raise UserError(
-                f"{len(odd)} images of {self.clean} and {self.degraded} have no partner, the first is {odd[0]}"
-            )
-        keys = list(clean)
-        starts = range(0, len(keys), FILES_IN_A_UNIT)
-
-        def rows(unit: int, start: int) -> Iterator[Row]:
-            for key in keys[starts[unit] + start : starts[unit] + FILES_IN_A_UNIT]:
-                other = degraded[key].read_bytes() if self.degraded else None
-                yield Row(key, clean[key].read_bytes(), other, str(clean[key]))
-
-        return Units(tuple(len(keys[s : s + FILES_IN_A_UNIT]) for s in starts), rows)
+        pairs = pair_folders(Path(self.clean), Path(self.degraded) if self.degraded else None).samples
+        lengths = tuple(len(pairs[i : i + FILES_IN_A_UNIT]) for i in range(0, len(pairs), FILES_IN_A_UNIT))
+        return Units(lengths, partial(_read_files, pairs))
 
 
 class TarSource(Source):
-    """WebDataset tars on a local disk with members `KEY.clean.png` and, where paired, `KEY.degraded.png`."""
+    """WebDataset tars on a local disk with members `KEY.clean.png` and, where paired, `KEY.degraded.png`; members that
+    are no images (KEY.json) are left alone."""
 
     format: Literal["tars"]
     path: str
@@ -135,105 +133,164 @@ class TarSource(Source):
         files = sorted(path.glob("*.tar")) if path.is_dir() else sorted(path.parent.glob(path.name))
         if not files:
             raise UserError(f"no tar files at {self.path}")
-        index = [_tar_index(file) for file in files]
-
-        def rows(unit: int, start: int) -> Iterator[Row]:
-            with files[unit].open("rb") as tar:
-
-                def read(place: tuple[int, int] | None) -> bytes | None:
-                    if place is None:
-                        return None
-                    tar.seek(place[0])
-                    return tar.read(place[1])
-
-                for key, members in list(index[unit].items())[start:]:
-                    yield Row(
-                        key, read(members["clean"]) or b"", read(members.get("degraded")), f"{files[unit]}, {key}"
-                    )
-
-        return Units(tuple(len(members) for members in index), rows)
+        tars: list[_Tar] = []
+        where: dict[str, Path] = {}
+        for file in files:
+            tars.append((file, list(_tar_members(file).items())))
+            for key, _ in tars[-1][1]:
+                if key in where:
+                    raise UserError(f"{file} and {where[key]} both have the key {key}; rename or remove one")
+                where[key] = file
+        halves = {len(parts) for _, members in tars for _, parts in members}
+        if len(halves) > 1:
+            raise UserError(
+                f"{self.path}: some keys have a .degraded member and others none; pack pairs or clean alone"
+            )
+        return Units(tuple(len(members) for _, members in tars), partial(_read_tar, tars))
 
 
 AnySource = Annotated[ParquetSource | HubSource | FolderSource | TarSource, Field(discriminator="format")]
 
 
 def _parquet(files: list[str], name: str) -> Units:
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
+    with ThreadPoolExecutor(16) as pool:  # on the Hub a footer is two round trips
+        footers = list(pool.map(_footer, files))
+    columns = set(footers[0][0])
+    for file, (names, _) in zip(files, footers, strict=True):
+        if missing := {"clean", "key"} - set(names):
+            raise UserError(
+                f"{name} has no column {', '.join(sorted(missing))} (it has {', '.join(sorted(names))}); "
+                "a dataset has `clean`, `key` and, where paired, `degraded`"
+            )
+        if ("degraded" in names) != ("degraded" in columns):
+            raise UserError(f"{file} and {files[0]} differ in the column degraded; pack all of {name} in one go")
+    groups: list[_Group] = []
+    for i, (_, lengths) in enumerate(footers):
+        first = 0
+        for j, length in enumerate(lengths):
+            groups.append(_Group(i, j, first, length))
+            first += length
+    if not sum(group.length for group in groups):
+        raise UserError(f"{name} is empty")
+    disable_progress_bar()
+    dataset = load_dataset(
+        "parquet",
+        data_files=files,
+        split="train",
+        streaming=True,
+        columns=["key", "clean", "degraded"] if "degraded" in columns else ["key", "clean"],
+        fragment_scan_options=ParquetFragmentScanOptions(page_checksum_verification=True),
+    ).with_format("arrow")  # which leaves the images encoded
+    assert dataset.num_shards == len(files)
+    return Units(tuple(group.length for group in groups), partial(_read_group, dataset, files, groups))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One row group: its file, its place in it, its first row there and how many there are."""
+
+    file: int
+    index: int
+    first: int
+    length: int
+
+
+def _footer(file: str) -> tuple[list[str], list[int]]:
+    """Columns and lengths of the row groups of a Parquet file."""
     import fsspec
     import pyarrow.parquet as pq
-    from datasets import Image, load_dataset
-    from datasets.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
-    lengths: list[int] = []
-    places: list[tuple[str, int]] = []  # file and first row of each row group
-    columns: set[str] = set()
-    for file in files:
-        try:
-            with fsspec.open(file, "rb") as handle:
-                metadata = pq.read_metadata(handle)
-        except Exception as error:
-            raise UserError(f"{file} is not a readable Parquet file ({error}); pack the dataset again") from error
-        columns |= set(metadata.schema.to_arrow_schema().names)
-        first = 0
-        for group in range(metadata.num_row_groups):
-            rows_in_group = metadata.row_group(group).num_rows
-            lengths.append(rows_in_group)
-            places.append((file, first))
-            first += rows_in_group
-    missing = {"clean", "key"} - columns
-    if missing:
-        raise UserError(
-            f"{name} has no column {', '.join(sorted(missing))} (it has {', '.join(sorted(columns))}); "
-            "a dataset has `clean`, `key` and, where paired, `degraded`"
-        )
-    if not sum(lengths):
-        raise UserError(f"{name} is empty")
-    paired = "degraded" in columns
-    dataset = load_dataset("parquet", data_files=files, split="train", streaming=True)
-    dataset = dataset.select_columns(["key", "clean", *(["degraded"] if paired else [])])
-    for column in ["clean", "degraded"] if paired else ["clean"]:
-        dataset = dataset.cast_column(column, Image(decode=False))
-    dataset = dataset.reshard()
-    assert dataset.num_shards == len(lengths)
+    try:
+        with fsspec.open(file, "rb") as handle:
+            metadata = pq.read_metadata(handle)
+    except Exception as error:
+        raise UserError(f"{file} is not a readable Parquet file ({error}); pack the dataset again") from error
+    lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return metadata.schema.to_arrow_schema().names, lengths
 
-    def rows(unit: int, start: int) -> Iterator[Row]:
-        file, first = places[unit]
-        group = dataset.shard(num_shards=len(lengths), index=unit)
-        seen = 0
+
+@lru_cache(maxsize=512)
+def _row_groups(dataset: "IterableDataset", file: int) -> "IterableDataset":
+    """One file of the dataset with a row group a shard. Resharding opens the files: not all of them in all workers."""
+    return dataset.shard(num_shards=dataset.num_shards, index=file).reshard()
+
+
+def _read_group(
+    dataset: "IterableDataset", files: list[str], groups: list[_Group], unit: int, start: int
+) -> Iterator[Row]:
+    group = groups[unit]
+    file = files[group.file]
+    number = group.first + start
+    try:
+        shard = _row_groups(dataset, group.file)
+        shard = shard.shard(num_shards=shard.num_shards, index=group.index)
         # .iter and not __iter__: the latter would divide the row group among DataLoader workers
-        for batch in group.iter(batch_size=ROWS_AT_ONCE):
-            for i in range(max(0, start - seen), len(batch["key"])):
-                degraded = (batch["degraded"][i] or {}).get("bytes") if paired else None
-                where = f"{file}, row {first + seen + i} (key {batch['key'][i]})"
-                yield Row(str(batch["key"][i]), batch["clean"][i]["bytes"] or b"", degraded, where)
-            seen += len(batch["key"])
-
-    return Units(tuple(lengths), rows)
-
-
-def _images(folder: str) -> dict[str, Path]:
-    root = Path(folder)
-    files = sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) if root.is_dir() else []
-    if not files:
-        raise UserError(f"no images in {folder}")
-    images = {str(file.relative_to(root).with_suffix("")): file for file in files}
-    if len(images) < len(files):
-        raise UserError(f"{folder} holds two images with one name (only their suffixes differ)")
-    return images
+        for table in shard.iter(batch_size=ROWS_AT_ONCE):
+            for row in table.slice(start).to_pylist():
+                clean, degraded = ((row.get(name) or {}).get("bytes") for name in ("clean", "degraded"))
+                yield Row(str(row["key"]), clean or b"", degraded, f"{file}, row {number} (key {row['key']})")
+                number += 1
+            start = max(0, start - len(table))
+    except Exception as error:  # the readers below raise OSError, ArrowInvalid, network errors...
+        rows = f"rows {group.first} to {group.first + group.length - 1} (row group {group.index})"
+        raise UserError(
+            f"{file}, {rows} cannot be read: {_first_line(error)}; the file was changed after it was packed, "
+            "or the disk fails: copy or pack it again"
+        ) from error
 
 
-def _tar_index(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """key -> part (`clean`, `degraded`) -> (offset, size)."""
-    index: dict[str, dict[str, tuple[int, int]]] = {}
+def _read_files(pairs: tuple[Pair, ...], unit: int, start: int) -> Iterator[Row]:
+    for pair in pairs[unit * FILES_IN_A_UNIT + start : (unit + 1) * FILES_IN_A_UNIT]:
+        try:
+            degraded = pair.degraded.read_bytes() if pair.degraded else None
+            yield Row(pair.key, pair.clean.read_bytes(), degraded, str(pair.clean))
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+_Place = tuple[int, int]  # offset and size of a member in its tar
+_Tar = tuple[Path, list[tuple[str, dict[str, _Place]]]]  # the file, and for each key the places of clean and degraded
+
+
+def _read_tar(tars: list[_Tar], unit: int, start: int) -> Iterator[Row]:
+    file, members = tars[unit]
+    try:
+        with file.open("rb") as tar:
+            for key, parts in islice(members, start, None):
+                halves = {}
+                for part, (offset, size) in parts.items():
+                    tar.seek(offset)
+                    halves[part] = tar.read(size)
+                yield Row(key, halves["clean"], halves.get("degraded"), f"{file}, {key}")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _tar_members(file: Path) -> dict[str, dict[str, _Place]]:
+    """key -> part (`clean`, `degraded`) -> where in the tar its image is."""
+    index: dict[str, dict[str, _Place]] = {}
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
-                pieces = member.name.rsplit(".", 2)
-                if member.isfile() and len(pieces) == 3 and pieces[1] in ("clean", "degraded"):
-                    index.setdefault(pieces[0], {})[pieces[1]] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
+                if not member.isfile() or Path(member.name).suffix.lower() not in IMAGE_SUFFIXES:
+                    continue
+                key, part, *_ = *member.name.rsplit(".", 2)[:-1], ""
+                if part not in ("clean", "degraded"):
+                    raise UserError(f"{file}: {member.name} is called neither KEY.clean.EXT nor KEY.degraded.EXT")
+                if part in index.setdefault(key, {}):
+                    raise UserError(f"{file} has {key}.{part} twice; remove one")
+                index[key][part] = (member.offset_data, member.size)
+    except (tarfile.TarError, OSError) as error:
         raise UserError(f"{file} is not a readable tar file ({error})") from error
     alone = [key for key, parts in index.items() if "clean" not in parts]
     if alone or not index:
         raise UserError(f"{file}: {f'{alone[0]} has no .clean member' if alone else 'no KEY.clean.EXT members'}")
     return index
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -7,6 +7,7 @@ Images are (3, H, W), uint8 (or float32 in [0, 1] where the file holds 16 bits).
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mcir.data.decode import decode
@@ -87,8 +88,9 @@ def _augment(augment: Augment, rng: np.random.Generator, *images: Tensor) -> tup
     elif augment == "flips":
         draw = int(rng.integers(4))
         vertical, horizontal = draw == 1, draw == 2
-    dims = [dim for dim, flip in ((-2, vertical), (-1, horizontal)) if flip]
-    degraded, clean = (image.flip(dims) if dims else image for image in images)
+    rows, columns = slice(None, None, -1 if vertical else 1), slice(None, None, -1 if horizontal else 1)
+    # numpy flips without copying, which torch does not: the one copy is the last line's
+    degraded, clean = (image.numpy()[:, rows, columns] for image in images)
     if transpose:
-        degraded, clean = degraded.transpose(-2, -1), clean.transpose(-2, -1)
-    return degraded.contiguous(), clean.contiguous()
+        degraded, clean = degraded.swapaxes(1, 2), clean.swapaxes(1, 2)
+    return torch.from_numpy(np.ascontiguousarray(degraded)), torch.from_numpy(np.ascontiguousarray(clean))
