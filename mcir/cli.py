@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from mcir.data.cli import app as data_app
 from mcir.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 config_app = typer.Typer(no_args_is_help=True, help="Check, show and document configs.")
 app.add_typer(config_app, name="config")
-data_app = typer.Typer(no_args_is_help=True, help="Pack and inspect datasets.")
 app.add_typer(data_app, name="data")
 
 Configs = Annotated[
@@ -252,105 +252,6 @@ def _kind(text: str | None) -> Any:
     if text not in (None, "ema", "target"):
         raise UserError(f"--weights-kind {text}: give ema or target")
     return text
-
-
-Layout = Annotated[
-    str | None, typer.Option(help="Name of a published dataset's layout; SOURCE is where it was unpacked.")
-]
-Degraded = Annotated[Path | None, typer.Option(help="Folder of degraded images with the names of those in SOURCE.")]
-Split = Annotated[str | None, typer.Option(help="Part of a layout that holds several, such as train or test.")]
-Scale = Annotated[int, typer.Option(min=1, help="Clean side / degraded side; 1 where they are equal.")]
-
-
-@data_app.command()
-def pack(
-    source: Annotated[Path, typer.Argument(help="Folder of clean images, or of a published dataset (--layout).")],
-    output: Annotated[Path, typer.Argument(help="Folder for the Parquet shards and their README.md.")],
-    layout: Layout = None,
-    degraded: Degraded = None,
-    split: Split = None,
-    scale: Scale = 1,
-    crop_size: Annotated[
-        int | None, typer.Option(help="Cut clean images into squares of this side (DIV2K: 480).")
-    ] = None,
-    crop_step: Annotated[int | None, typer.Option(help="Distance of neighbouring squares (DIV2K: 240).")] = None,
-    crop_format: Annotated[str, typer.Option(help="png, or webp: lossless too, smaller, slower to write.")] = "png",
-    seed: Annotated[int, typer.Option(help="Of the row shuffling; -1 keeps the order of the files.")] = 0,
-    num_shards: Annotated[int | None, typer.Option(help="Number of shards, instead of --shard-mib.")] = None,
-    shard_mib: Annotated[int, typer.Option(help="Size of a shard.")] = 256,
-    degradation: Annotated[
-        str | None, typer.Option(help="Makes degraded images of clean ones, such as '{name: bicubic, scale: 4}'.")
-    ] = None,
-    num_workers: Annotated[int, typer.Option(help="Processes.")] = 4,
-) -> None:
-    """Write image folders as the Parquet shards that training and evaluation stream. Interrupted, it continues."""
-    from mcir.data.pack import Options
-    from mcir.data.pack import pack as write
-
-    if crop_format not in ("png", "webp"):
-        raise UserError(f"--crop-format {crop_format}: choose png or webp")
-    options = Options(
-        crop_size=crop_size,
-        crop_step=crop_step,
-        crop_format="webp" if crop_format == "webp" else "png",
-        seed=None if seed < 0 else seed,
-        num_shards=num_shards,
-        shard_bytes=shard_mib * 2**20,
-        degradation=_degradation(degradation),
-        split="test" if split == "test" else "validation" if split == "validation" else "train",
-    )
-    pairs = _pairs(source, layout, degraded, split, scale)
-    if pairs.note:
-        print(f"{pairs.title}: {pairs.note}")
-    shards = write(pairs, output, options, num_workers)
-    print(f"{len(pairs.samples)} samples in {len(shards)} shards in {output}")
-
-
-@data_app.command()
-def inspect(
-    source: Annotated[
-        Path, typer.Argument(help="Folder of Parquet shards, of clean images, or of a dataset (--layout).")
-    ],
-    layout: Layout = None,
-    degraded: Degraded = None,
-    split: Split = None,
-    scale: Scale = 1,
-    sheet: Annotated[Path | None, typer.Option(help="Where to save a contact sheet (PNG).")] = None,
-) -> None:
-    """Count, measure and decode every image; print what is wrong. Exit code 1 where anything is."""
-    from mcir.data.inspect import contact_sheet, inspect_packed, inspect_pairs
-
-    packed = layout is None and degraded is None and any(source.glob("**/*.parquet"))
-    report = inspect_packed(source) if packed else inspect_pairs(_pairs(source, layout, degraded, split, scale))
-    report.print()
-    if sheet:
-        contact_sheet(report.examples).save(sheet)
-    raise typer.Exit(1 if report.faults else 0)
-
-
-def _degradation(text: str | None) -> Any:
-    from pydantic import TypeAdapter, ValidationError
-
-    from mcir.config import parse_yaml
-    from mcir.data.degrade import AnyDegradation
-
-    if text is None:
-        return None
-    try:
-        return TypeAdapter(AnyDegradation).validate_python(parse_yaml(text, "--degradation"))
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
-        raise UserError(f"--degradation {text}: {faults}") from None
-
-
-def _pairs(source: Path, layout: str | None, degraded: Path | None, split: str | None, scale: int):
-    from mcir.data.layouts import find_pairs, pair_folders
-
-    if layout is None:
-        return pair_folders(source, degraded, scale)
-    if degraded is not None:
-        raise UserError("--degraded goes with plain folders: a --layout knows where its degraded images are")
-    return find_pairs(layout, source, split, scale if scale > 1 else None)
 
 
 @app.command()
