@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from mcir.checkpoint import Checkpoint, Checkpointer, damage
 from mcir.config import RunConfig, dump
 from mcir.errors import UserError
-from mcir.parallel import strategy
+from mcir.parallel import precision_of, strategy
 from mcir.record import Record, hostname
 
 
@@ -53,7 +53,7 @@ def begin(config: RunConfig, accelerator: Accelerator, run_dir: Path, checkpoint
         origin=str(checkpoint.path) if checkpoint and run_dir not in checkpoint.path.parents else None,
         environment={
             "strategy": strategy(accelerator),
-            "precision": accelerator.mixed_precision,
+            "precision": precision_of(accelerator),
             "world_size": accelerator.num_processes,
             "processes": places,
         },
