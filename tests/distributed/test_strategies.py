@@ -114,7 +114,7 @@ def test_any_strategy_goes_on_from_any_other(folder, runs, written_by, read_by, 
     assert_close(tensors(runs["single"] / "checkpoints" / LAST), got)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2", "zero2", "zero3"])
 def test_inside_the_processes(folder, name):
     """Shards are real, negatives equal on both ranks to the bit at every step; NaN on one rank skips the step
     on both."""
@@ -144,7 +144,10 @@ def test_inside_the_processes(folder, name):
         assert all(record["partitioned"] < 0.6 * total for record in ranks)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2", pytest.param("zero2", marks=pytest.mark.slow), "zero3"],
+)
 def test_tied_frozen_and_uneven_parameters_and_running_statistics(tmp_path, name):
     """Negatives follow the rule exactly where parameters are shared, frozen or odd and ranks' statistics differ."""
     script = str(ROOT / "tests" / "distributed" / "inspect_negatives.py")
