@@ -35,7 +35,12 @@ class Job:
     def __init__(self, slurm: Slurm, folder: Path, *arguments: str, **variables: str) -> None:
         self.slurm, self.output, self.run_dir = slurm, folder / "job.out", folder / "runs" / "job"
         ours = {"NAME": "job", "RUNS_DIR": str(folder / "runs"), "LAUNCH": "fsdp2_cpu", "GPUS_PER_NODE": "1"}
-        ours |= {"MCIR_PYTHON": sys.executable, "MASTER_ADDR": "127.0.0.1", "TIMEOUT_S": "120", "GRACE_S": "20"}
+        ours |= {
+            "MCIR_PYTHON": f"env WRAPPED=1 {sys.executable}",
+            "MASTER_ADDR": "127.0.0.1",
+            "TIMEOUT_S": "120",
+            "GRACE_S": "20",
+        }
         options = ["--parsable", "--nodes=2", "--partition=normal", f"--chdir={ROOT}", f"--output={self.output}"]
         self.id = slurm.run("sbatch", *options, str(SCRIPT), *arguments, **environment() | ours | variables).strip()
         assert self.id.isdigit(), self.id
@@ -69,7 +74,8 @@ class Job:
 
     def start_again(self, restart: int) -> None:
         """When it was requeued so often, let the job start at once instead of in two minutes."""
-        self.wait_for(lambda: (self.state(), self.show("Restarts")) == ("PENDING", str(restart)))
+        self.wait_for(lambda: (self.state(), self.show("Restarts")) == ("PENDING", str(restart)) and not self.workers())
+        time.sleep(5)  # a job that starts in the second in which it was requeued has its credential revoked
         self.slurm.run("scontrol", "update", f"jobid={self.id}", "StartTime=now")
 
     def workers(self) -> list[int]:
