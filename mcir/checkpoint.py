@@ -105,7 +105,7 @@ class Checkpointer:
             manifest = {name: entry for entries, _ in gathered for name, entry in entries.items()}
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
             _flush(temporary / "manifest.json")
-            shutil.rmtree(final, ignore_errors=True)
+            _remove(final)
             _flush(temporary)
             temporary.rename(final)
             _flush(self.folder)
@@ -117,7 +117,7 @@ class Checkpointer:
         if self.accelerator.is_main_process:
             for path in self._saved()[: -self.keep_last]:
                 if path != keep:
-                    shutil.rmtree(path)
+                    _remove(path)
             for partial in self.folder.glob(".step-*.partial"):
                 shutil.rmtree(partial)
 
@@ -137,6 +137,15 @@ class Checkpointer:
 
     def _saved(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name))
+
+
+def _remove(path: Path) -> None:
+    """Hidden before it is deleted: a kill in between leaves no half checkpoint that looks like a whole one."""
+    if path.exists():
+        hidden = path.with_name(f".{path.name}.old.partial")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def damage(path: Path) -> str | None:
