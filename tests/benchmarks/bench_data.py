@@ -1,0 +1,184 @@
+"""How fast training data arrives, against the decoder alone and against a plain folder of pictures read with Pillow.
+
+    python -m tests.benchmarks.bench_data [--photographs FOLDER] [--seconds 2] [--rounds 3] [--workers 0 1 2]
+
+Pairs of 256 pixel images are packed as PNG, JPEG, WebP (lossless) and uncompressed PNG ("raw"); every way delivers the
+same crops in batches. The ways take turns, and of each the fastest of `rounds` counts, so the ratios hold on a busy
+machine too. Images/s count decoded images, two a sample. Target: at least 0.9 of the decoder's own rate at equal cores
+and at least 1.3 times the folder loop.
+
+The second table says how well the order shuffles: how far apart, in samples, neighbouring crops of one photograph land
+that were packed side by side, as a share of the epoch (1/3 where the order is uniformly random).
+"""
+
+import argparse
+import io
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.io import decode_jpeg, decode_png, decode_webp
+
+from mcir.data.loader import DataConfig, Loader
+
+SIDE, CROP, BATCH, NUM_PAIRS = 256, 128, 16, 128
+KINDS: dict[str, tuple[str, dict[str, object]]] = {
+    "png": ("PNG", {}),
+    "jpeg": ("JPEG", {"quality": 95}),
+    "webp": ("WEBP", {"lossless": True}),
+    "raw": ("PNG", {"compress_level": 0}),
+}
+DECODERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "png": decode_png,
+    "jpeg": decode_jpeg,
+    "webp": decode_webp,
+    "raw": decode_png,
+}
+
+
+def pictures(folder: Path | None) -> Iterator[Image.Image]:
+    """Squares of SIDE from photographs, again and again; without a folder smooth noise, which compresses alike."""
+    rng = np.random.default_rng(0)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in (".jpg", ".png")) if folder else []
+    while True:
+        for file in files:
+            with Image.open(file) as image:
+                for left in range(0, image.width - SIDE + 1, SIDE):
+                    yield image.convert("RGB").crop((left, 0, left + SIDE, SIDE))
+        if not files:
+            coarse = Image.fromarray(rng.integers(0, 256, (SIDE // 8, SIDE // 8, 3), dtype=np.uint8))
+            pixels = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.int16)
+            yield Image.fromarray((pixels + rng.normal(0, 4, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def write(root: Path, kind: str, source: Iterator[Image.Image]) -> None:
+    """The same pairs as shards of 16 row groups each and as two folders."""
+    suffix, options = KINDS[kind]
+
+    def encode(image: Image.Image) -> bytes:
+        stream = io.BytesIO()
+        image.save(stream, suffix, **options)
+        return stream.getvalue()
+
+    for name in ("clean", "degraded"):
+        (root / kind / name).mkdir(parents=True)
+    rows = []
+    for i in range(NUM_PAIRS):
+        row = {name: encode(next(source)) for name in ("clean", "degraded")}
+        for name, data in row.items():
+            (root / kind / name / f"{i:05}.{suffix.lower()}").write_bytes(data)
+        rows.append({"key": f"{i:05}"} | {name: {"bytes": data, "path": None} for name, data in row.items()})
+    (root / kind / "shards").mkdir()
+    for shard, part in enumerate(np.array_split(np.arange(NUM_PAIRS), 4)):
+        table = pa.Table.from_pylist([rows[i] for i in part])
+        path = root / kind / "shards" / f"{shard}.parquet"
+        pq.write_table(table, path, row_group_size=16, compression="none", use_dictionary=False)
+
+
+class Folders(Dataset):
+    """What most training codes do: open with Pillow, crop, flip, to a tensor."""
+
+    def __init__(self, root: Path) -> None:
+        self.pairs = list(zip(sorted((root / "clean").iterdir()), sorted((root / "degraded").iterdir()), strict=True))
+        self.rng = np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return 1000 * len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        top, left = self.rng.integers(SIDE - CROP + 1, size=2)
+        images = []
+        for path in self.pairs[index % len(self.pairs)]:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))[top : top + CROP, left : left + CROP]
+            images.append(torch.from_numpy(pixels[:, ::-1].copy()).permute(2, 0, 1).contiguous())
+        return images[0], images[1]
+
+
+class Decoder(IterableDataset):
+    """Images decoded from memory and thrown away; a worker sends a number now and then."""
+
+    def __init__(self, root: Path, kind: str) -> None:
+        files = [path for name in ("clean", "degraded") for path in sorted((root / name).iterdir())]
+        self.images = [torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8) for path in files]
+        self.kind = kind
+
+    def __iter__(self) -> Iterator[int]:
+        decode, share = DECODERS[self.kind], 2 * BATCH
+        images = itertools.cycle(self.images)
+        while True:
+            for image in itertools.islice(images, share):
+                decode(image)
+            yield share
+
+
+def rate(batches: Iterator[object], images_in_a_batch: int, seconds: float) -> float:
+    """Images/s, the first batches (starting workers, first row groups) not counted."""
+    for _ in range(4):
+        next(batches)
+    start, count = time.perf_counter(), 0
+    while (took := time.perf_counter() - start) < seconds:
+        next(batches)
+        count += images_in_a_batch
+    return count / took
+
+
+def ways(root: Path, kind: str, num_workers: int) -> dict[str, Callable[[], Iterator[object]]]:
+    source = {"format": "parquet", "path": str(root / "shards")}
+    config = DataConfig.model_validate({"train": [{"source": source}], "crop_size": CROP, "num_workers": num_workers})
+
+    def as_floats() -> Iterator[object]:
+        for clean, degraded in DataLoader(Folders(root), BATCH, num_workers=num_workers):
+            yield clean.float() / 255, degraded.float() / 255
+
+    return {
+        "mcir": lambda: iter(Loader(config, scale=1, batch_size=BATCH, seed=0)),
+        "folder": as_floats,
+        "decoder": lambda: iter(DataLoader(Decoder(root, kind), batch_size=None, num_workers=num_workers)),
+    }
+
+
+def speed(root: Path, args: argparse.Namespace) -> None:
+    print(f"{'':6} workers {'mcir':>7} {'folder':>7} {'decoder':>7}  images/s   mcir/folder  mcir/decoder")
+    source = pictures(args.photographs)
+    for kind in args.kinds:
+        write(root, kind, source)
+        for num_workers in args.workers:
+            best: dict[str, float] = {}
+            for _ in range(args.rounds):
+                for name, start in ways(root / kind, kind, num_workers).items():
+                    batches = start()
+                    best[name] = max(best.get(name, 0), rate(batches, 2 * BATCH, args.seconds))
+                    del batches  # ends its workers
+            mcir, folder, decoder = best["mcir"], best["folder"], best["decoder"]
+            print(
+                f"{kind:6} {num_workers:7} {mcir:7.0f} {folder:7.0f} {decoder:7.0f}"
+                f"{mcir / folder:22.2f} {mcir / decoder:13.2f}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photographs", type=Path, help="folder of photographs; without one, synthetic pictures")
+    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        speed(Path(folder), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""Every kind of source: its exact rows from any row on, and one clear sentence where it cannot be read."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+
+from mcir.data.loader import DataConfig, Loader, _Stream
+from mcir.data.order import COLUMNS
+from mcir.data.sources import FILES_IN_A_UNIT, FolderSource, HubSource, ParquetSource, Row, Source, TarSource, Units
+from mcir.errors import UserError
+from tests.runs import write_dataset
+
+
+def expected_rows(folder: Path) -> list[tuple[str, bytes, bytes | None]]:
+    """(key, clean, degraded), read with pyarrow alone."""
+    rows = [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    return [(row["key"], row["clean"]["bytes"], row.get("degraded", {}).get("bytes")) for row in rows]
+
+
+def unpack(folder: Path, root: Path) -> Path:
+    """The rows of a dataset as two folders of pictures, some below a subfolder."""
+    for key, clean, degraded in expected_rows(folder):
+        for name, data in (("clean", clean), ("degraded", degraded)):
+            if data:
+                path = root / name / ("night" if int(key) % 2 else ".") / f"{key}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+    return root
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def plain(row: Row) -> tuple[str, bytes, bytes | None]:
+    return row.key, row.clean, row.degraded
+
+
+@pytest.fixture(scope="module", params=[None, 2], ids=["clean", "pairs"])
+def dataset(request, tmp_path_factory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("parquet"), num_rows=21, num_shards=3, scale=request.param)
+
+
+def tars_of(folder: Path, root: Path) -> Path:
+    rows = expected_rows(folder)
+    for shard in range(3):
+        members = {"notes.json": b"{}"}  # what is no image is left alone
+        for key, clean, degraded in rows[shard * 7 : shard * 7 + 7]:
+            members[f"{key}.clean.png"] = clean
+            members |= {f"{key}.degraded.png": degraded} if degraded else {}
+        tar(root / f"{shard}.tar", members)
+    return root
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folders", "tars", "hub"])
+def test_every_source_gives_the_exact_rows_from_any_row_on(kind, dataset, tmp_path, monkeypatch):
+    expected = expected_rows(dataset)
+    paired = expected[0][2] is not None
+    source: Source
+    if kind == "folders":
+        root = unpack(dataset, tmp_path)
+        source = FolderSource(
+            format="folders", clean=str(root / "clean"), degraded=str(root / "degraded") if paired else None
+        )
+        named = {key: ("night/" if int(key) % 2 else "") + key for key, _, _ in expected}
+        expected = sorted((named[key], clean, degraded) for key, clean, degraded in expected)
+    elif kind == "tars":
+        source = TarSource(format="tars", path=str(tars_of(dataset, tmp_path)))
+    elif kind == "hub":
+        # What the Hub answers: the files of each split. Reading them is the same as from a disk.
+        files = {"train": sorted(map(str, dataset.glob("*.parquet")))}
+        builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda repo, revision: builder)
+        source = HubSource(format="hub", repo="owner/name")
+    else:
+        source = ParquetSource(path=str(dataset))
+    units = source.open()
+    assert list(map(plain, units)) == expected
+    first = 0
+    for unit, length in enumerate(units.lengths):
+        for start in range(length + 1):
+            assert list(map(plain, units.rows(unit, start))) == expected[first + start : first + length]
+        first += length
+    assert first == len(expected)
+    if kind == "parquet":
+        assert units.lengths == (4, 3) * 3  # one row group a unit
+    if kind == "folders":
+        assert units.lengths == (FILES_IN_A_UNIT, 5)
+
+
+@pytest.mark.parametrize("kind", ["folders", "tars"])
+def test_a_run_resumes_inside_a_unit(kind, dataset, tmp_path):
+    expected = {key: clean for key, clean, _ in expected_rows(dataset)}
+    if kind == "folders":
+        source = {"format": "folders", "clean": str(unpack(dataset, tmp_path) / "clean")}
+    else:
+        source = {"format": "tars", "path": str(tars_of(dataset, tmp_path))}
+    paired = expected_rows(dataset)[0][2] is not None
+    if kind == "folders" and paired:
+        source["degraded"] = str(tmp_path / "degraded")
+    train = {"source": source, "degradation": None if paired else {"name": "bicubic", "scale": 2}}
+    data = DataConfig.model_validate({"train": [train], "crop_size": 16, "num_workers": 0, "shuffle_buffer": 4})
+
+    def keys(position: int, count: int) -> list[str]:
+        loader = Loader(data, scale=2, batch_size=1, seed=0)
+        loader.position = position
+        batches = iter(loader)
+        return [next(batches).key[0] for _ in range(count)]
+
+    whole = keys(0, 42)
+    for stop in (1, 5, 20, 21, 30):
+        assert keys(stop, 42 - stop) == whole[stop:]
+    for epoch in (whole[:21], whole[21:]):
+        assert Counter(key.removeprefix("night/") for key in epoch) == Counter(expected.keys())
+
+
+def test_folders_that_do_not_pair(dataset, tmp_path):
+    root = unpack(dataset, tmp_path)
+    if not (root / "degraded").exists():
+        pytest.skip("clean images only")
+
+    def opened() -> Any:
+        return FolderSource(format="folders", clean=str(root / "clean"), degraded=str(root / "degraded")).open()
+
+    (root / "degraded" / "000.png").rename(root / "degraded" / "other.png")
+    with pytest.raises(UserError, match=r"without their clean half in .*clean: other\.png"):
+        opened()
+    (root / "degraded" / "other.png").unlink()
+    with pytest.raises(UserError, match=r"without a degraded half in .*degraded: 000\.png"):
+        opened()
+    (root / "degraded" / "000.png").write_bytes(b"x")
+    (root / "clean" / "002.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"two images of one name: .*002\.jpg and .*002\.png"):
+        opened()
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        FolderSource(format="folders", clean=str(root / "nowhere")).open()
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.clean.png": b"x", "b.degraded.png": b"x"}, "b has no .clean member"),
+        ({"a.clean.png": b"x", "a.degraded.png": b"x", "b.clean.png": b"x"}, "some keys have a .degraded member"),
+        ({"a.clean.png": b"x", "a.clean.jpg": b"x"}, "a.clean twice"),
+        ({"a.clean.png": b"x", "b.png": b"x"}, "b.png is called neither KEY.clean.EXT nor KEY.degraded.EXT"),
+        ({"a.json": b"x"}, "no KEY.clean.EXT members"),
+    ],
+)
+def test_tars_whose_members_do_not_pair(members, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        TarSource(format="tars", path=str(tar(tmp_path / "a.tar", members))).open()
+
+
+def test_tars_that_repeat_a_key_or_are_none(tmp_path):
+    for name in ("1.tar", "2.tar"):
+        tar(tmp_path / name, {"a.clean.png": b"x"})
+    with pytest.raises(UserError, match=r"2\.tar and .*1\.tar both have the key a"):
+        TarSource(format="tars", path=str(tmp_path)).open()
+    (tmp_path / "1.tar").write_bytes(b"garbage" * 100)
+    with pytest.raises(UserError, match=r"1\.tar is not a readable tar file"):
+        TarSource(format="tars", path=str(tmp_path)).open()
+    with pytest.raises(UserError, match="no tar files"):
+        TarSource(format="tars", path=str(tmp_path / "nowhere")).open()
+
+
+def test_the_hub_is_not_asked_when_offline(tmp_path):
+    """One sentence that names the dataset and the variable, at once."""
+    code = (
+        "from mcir.data.sources import HubSource\n"
+        "from mcir.errors import UserError\n"
+        "try:\n    HubSource(format='hub', repo='owner/name').open()\n"
+        "except UserError as error:\n    print(error)"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert "the Hub dataset owner/name cannot be opened" in result.stdout, result.stderr
+    assert "HF_HUB_OFFLINE" in result.stdout
+
+
+def test_hub_datasets_of_another_kind(monkeypatch):
+    files = {"train": ["hf://datasets/owner/name@main/a.csv"]}
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda repo, revision: builder)
+    with pytest.raises(UserError, match=r"not stored as Parquet: split train has .*a\.csv"):
+        HubSource(format="hub", repo="owner/name").open()
+    with pytest.raises(UserError, match="no split test; it has train"):
+        HubSource(format="hub", repo="owner/name", split="test").open()
+
+
+def test_shards_that_differ_in_their_columns(tmp_path):
+    write_dataset(tmp_path, num_rows=4, num_shards=1)
+    paired = write_dataset(tmp_path / "pairs", num_rows=4, num_shards=1, scale=2)
+    (paired / "00000.parquet").rename(tmp_path / "00001.parquet")
+    with pytest.raises(UserError, match=r"00001\.parquet and .*00000\.parquet differ in the column degraded"):
+        ParquetSource(path=str(tmp_path)).open()
+
+
+def with_checksums(folder: Path, num_rows: int = 24, num_shards: int = 1) -> list[Path]:
+    """Shards of row groups of 4 as `mcir data pack` writes them: uncompressed pages with checksums."""
+    write_dataset(folder, num_rows, num_shards)
+    files = sorted(folder.glob("*.parquet"))
+    for file in files:
+        table = pq.read_table(file)
+        pq.write_table(
+            table, file, row_group_size=4, compression="none", use_dictionary=False, write_page_checksum=True
+        )
+    return files
+
+
+def flip_a_byte(file: Path, group: int) -> None:
+    """Change one byte in the middle of the images of a row group."""
+    column = pq.read_metadata(file).row_group(group).column(1)
+    assert column.path_in_schema == "clean.bytes"
+    data = bytearray(file.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_flipped_byte_inside_a_page_names_file_and_rows(num_workers, tmp_path):
+    (file,) = with_checksums(tmp_path)
+    flip_a_byte(file, group=3)
+    keys: list[str] = []
+    with pytest.raises(UserError) as caught:
+        keys.extend(key for batch in loader(tmp_path, "fail", num_workers, batch_size=2) for key in batch.key)
+    assert f"{file}, rows 12 to 15 (row group 3) cannot be read" in str(caught.value)
+    assert "checksum" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not {"012", "013", "014", "015"} & set(keys)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skipping_an_unreadable_unit_counts_each_of_its_rows_and_loses_no_other(num_workers, tmp_path):
+    files = with_checksums(tmp_path, num_shards=2)
+    flip_a_byte(files[0], group=2)  # rows 8 to 11
+    made = loader(tmp_path, "skip", num_workers)
+    batches = iter(made)
+    for epoch in (1, 2):
+        keys = [key for _ in range(2) for key in next(batches).key]
+        assert sorted(keys) == [f"{i:03d}" for i in range(24) if i not in range(8, 12)]
+        assert made.num_skipped == 4 * epoch
+        assert made.position == 24 * epoch
+
+
+def test_a_shard_that_vanishes_in_the_middle_of_an_epoch(tmp_path):
+    files = with_checksums(tmp_path, num_shards=4)
+    batches = iter(loader(tmp_path, "fail", batch_size=1))
+    next(batches)
+    for file in files:
+        file.unlink()
+    with pytest.raises(UserError, match=r"\.parquet, rows \d+ to \d+ \(row group \d\) cannot be read"):
+        list(islice(batches, 24))
+
+
+def loader(folder: Path, on_error: str, num_workers: int = 0, batch_size: int = 12) -> Loader:
+    source = {"format": "parquet", "path": str(folder)}
+    data = DataConfig.model_validate(
+        {
+            "train": [{"source": source, "degradation": {"name": "bicubic", "scale": 2}}],
+            "crop_size": 16,
+            "num_workers": num_workers,
+            "shuffle_buffer": 8,
+            "on_error": on_error,
+        }
+    )
+    return Loader(data, scale=2, batch_size=batch_size, seed=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8, 16])
+def test_a_rank_reads_little_more_than_its_share(world_size):
+    """96 row groups of unequal length: what all ranks together read in an epoch, counted in whole row groups (they are
+    what is fetched from a disk or the Hub), is less than 1.3 times the data; and no rank reads much more than another.
+    Nothing of the order changes meanwhile: the rows of all ranks are the epoch."""
+    lengths = tuple(10 + (7 * unit) % 13 for unit in range(96))
+    num_rows = sum(lengths)
+    fetched = [0] * world_size
+    seen: Counter[str] = Counter()
+    for rank in range(world_size):
+
+        def rows(unit: int, start: int, rank: int = rank):
+            fetched[rank] += lengths[unit]
+            for row in range(start, lengths[unit]):
+                yield Row(f"{unit}-{row}", b"", None, "")
+
+        stream = _Stream(Units(lengths, rows), seed=5, buffer=256)
+        for index in range(rank, num_rows, world_size):
+            seen[stream.read(index)[1].key] += 1
+    assert len(seen) == num_rows
+    assert set(seen.values()) == {1}
+    # 24 lanes: 16 ranks meet 3 of them each and share them two by two
+    factor = 2 if COLUMNS // 2 % world_size else 1
+    assert sum(fetched) / num_rows < 1.3 * factor
+    assert max(fetched) < 1.5 * factor * num_rows / world_size
