@@ -78,6 +78,7 @@ class Engine:
         )
         self.checkpointer = Checkpointer(accelerator, run_dir / "checkpoints", config.checkpoint.keep_last)
         self.num_steps = 0
+        self.measured: dict[str, float] = {}  # of the weights as they are now, for the files' metadata
         self.best: tuple[float, str] | None = None  # value of the deciding metric, checkpoint that reached it
         self.skipped_in_a_row = self.most_skipped = torch.zeros((), device=accelerator.device)
 
@@ -92,6 +93,7 @@ class Engine:
         Returns the mean losses of this rank, the gradient norm and whether the step was skipped, on the device.
         """
         self.num_steps += 1
+        self.measured = {}
         optim = self.config.optim
         set_lr(self.optimizer, optim.lr(self.num_steps, self.config.steps))
         sums: dict[str, Tensor] = {}
@@ -186,6 +188,8 @@ class Engine:
             )
             results[name] = scores, pictures
             means = scores.mean()
+            kind = "ema" if self.ema and validation.weights != "target" else "target"
+            self.measured |= {f"{name}/{metric} ({kind})": round(value, 4) for metric, value in means.items()}
             tracker.scalars(self.num_steps, {f"validation/{name}/{metric}": value for metric, value in means.items()})
             tracker.pictures(self.num_steps, name, pictures, self._negative_pictures(pictures))
             tracker.message(f"step {self.num_steps}: {name} PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f}")
@@ -263,6 +267,7 @@ class Engine:
         }
         config = self.config.model_dump(mode="json")
         metadata = {"arch": json.dumps(config["arch"]), "config": json.dumps(config), "step": str(self.num_steps)}
+        metadata |= {"metrics": json.dumps(self.measured)} if self.measured else {}
         texts = {"state.json": json.dumps(state), "config.yaml": dump(self.config)}
         path = self.checkpointer.save(self.num_steps, files, texts, metadata)
         best = self.checkpointer.folder / self.best[1] if self.best and self.config.checkpoint.keep_best else None

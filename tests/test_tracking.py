@@ -54,3 +54,12 @@ def test_the_best_checkpoint_is_kept(run):
     assert run.best is not None
     saved = {path.name for path in (run.run_dir / "checkpoints").iterdir()}
     assert saved == {"step-00000006", run.best[1]}
+
+
+def test_the_weights_file_says_what_was_measured(run):
+    from mcir.export import model_card
+    from mcir.weights import build_from
+
+    net, arch, metadata = build_from(run.run_dir / "checkpoints" / "step-00000006" / "ema.safetensors")
+    card = model_card(net, arch, metadata)
+    assert "| held/psnr (ema) |" in card
