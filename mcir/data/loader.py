@@ -5,10 +5,13 @@ Rank r of R takes every R-th position; worker w of W every W-th of those; the ma
 The position is the number of samples that all ranks together have taken: all a checkpoint needs to know.
 """
 
+import atexit
 import logging
+import multiprocessing
 import signal
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice, repeat
 from typing import Any, Literal
@@ -217,23 +220,24 @@ class Loader:
         self.num_skipped = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = self._samples(self.batch_size // self.world_size)
-        while True:
-            batch = list(islice(stream, self.batch_size // self.world_size))
-            good = [sample for sample in batch if not isinstance(sample, _Failure)]
-            failures = [sample for sample in batch if isinstance(sample, _Failure)]
-            for failure in failures:
-                if self.data.on_error == "fail":
-                    raise UserError(failure.message)
-                self.num_skipped += 1
-                log.warning("skipped: %s", failure.message)
-            if not good:
-                raise UserError(f"no usable row in a whole batch, the last: {failures[-1].message}")
-            self.position += self.batch_size
-            keys, degraded, clean = zip(*good, strict=True)
-            yield Batch(self._to_device(degraded), self._to_device(clean), list(keys))
+        share = self.batch_size // self.world_size
+        with closing(self._samples(share)) as stream:  # an error keeps this frame, and must not keep the workers
+            while True:
+                batch = list(islice(stream, share))
+                good = [sample for sample in batch if not isinstance(sample, _Failure)]
+                failures = [sample for sample in batch if isinstance(sample, _Failure)]
+                for failure in failures:
+                    if self.data.on_error == "fail":
+                        raise UserError(failure.message)
+                    self.num_skipped += 1
+                    log.warning("skipped: %s", failure.message)
+                if not good:
+                    raise UserError(f"no usable row in a whole batch, the last: {failures[-1].message}")
+                self.position += self.batch_size
+                keys, degraded, clean = zip(*good, strict=True)
+                yield Batch(self._to_device(degraded), self._to_device(clean), list(keys))
 
-    def _samples(self, batch_size: int) -> Iterator[_Sample | _Failure]:
+    def _samples(self, batch_size: int) -> Generator[_Sample | _Failure]:
         """This rank's samples in order, `batch_size` of them in a batch."""
         position, num_workers = self.position + self.rank, self.data.num_workers
         chunk = max(1, batch_size // max(1, num_workers))
@@ -277,3 +281,13 @@ def _ignore_signals(worker: int) -> None:
     """The signals that stop a run go to its whole process group; the main process decides when its workers end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Those of a program that ends in the middle of an epoch: multiprocessing would send them the SIGTERM they ignore,
+    and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -153,3 +155,16 @@ def test_a_source_without_degraded_images_needs_a_degradation(tmp_path):
     del values["data"]["train"][0]["degradation"]
     with pytest.raises(UserError, match="has no degraded image"):
         next(iter(loader(validate(values, "x").data)))
+
+
+def test_a_program_that_ends_in_the_middle_of_an_epoch_ends(folder):
+    """Its workers ignore the SIGTERM by which multiprocessing ends children that are left."""
+    code = (
+        "import sys\nfrom mcir.data.loader import DataConfig, Loader\n"
+        "data = DataConfig.model_validate_json(sys.argv[1])\n"
+        "batches = iter(Loader(data, scale=2, batch_size=4, seed=0))\n"
+        "print(len(next(batches).key))"
+    )
+    data = config(folder, num_workers=2).model_dump_json()
+    process = subprocess.run([sys.executable, "-c", code, data], capture_output=True, text=True, timeout=120)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "4\n", "")

@@ -27,7 +27,7 @@ def restore(degraded):
 data = ValidationSet(source={"format": "parquet", "path": sys.argv[1]}, protocol="sr")
 scores, _ = evaluate(restore, data, 2, accelerator)
 accelerator.wait_for_everyone()
-print("both have", len(scores.keys), flush=True)
+print(f"both have {len(scores.keys)}\\n", end="", flush=True)  # in one write
 accelerator.end_training()
 """
 
