@@ -65,13 +65,13 @@ class Negatives(nn.Module):
         broadcast_from_first(accelerator, [*self.nets.parameters(), *self.nets.buffers()])
         self._blend({k: schedule.start for k, schedule in enumerate(self.schedules)})
 
-    @torch.no_grad()
     def forward(self, degraded: Tensor) -> list[Tensor]:
-        """What each negative restores from `degraded` (B, 3, H, W): K tensors (B, 3, s * H, s * W), without
+        """What each negative restores from `degraded` (B, 3, H, W): K tensors (B, 3, s * H, s * W), fp32, without
         gradients."""
         accelerator, _ = self._attached()
-        with autocast(accelerator):
-            return [net(degraded).float() for net in self.nets]
+        with torch.inference_mode(), autocast(accelerator):
+            past = [net(degraded) for net in self.nets]
+        return [p.to(torch.float32, copy=True) for p in past]  # tensors of inference mode would fit into no loss
 
     def update(self, step: int) -> None:
         """Move the negatives that are due at this step. Collective where any is due: call it on all ranks."""

@@ -5,12 +5,12 @@ Wu et al., "Learning from History: Task-agnostic Model Contrastive Learning for 
 (Aitical/MCLIR). The caller subtracts the result: the negatives repel.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mcir.losses.features import RELEASED_LAYERS, Features, FeaturesConfig
 from mcir.negatives import Schedule
@@ -19,8 +19,8 @@ from mcir.negatives import Schedule
 class SPN(nn.Module):
     """weight * mean_k sum_l w_l * mean |VGG_l(restored) - VGG_l(negative_k)|, a scalar >= 0, to be subtracted.
 
-    Gradients flow through `restored` alone, whose features are computed once, whatever the number of negatives.
-    No negatives give 0.
+    Gradients flow through `restored` alone, whose features are computed once, whatever the number of negatives; the
+    negatives' features are in memory one at a time. No negatives give 0.
     """
 
     def __init__(
@@ -37,14 +37,39 @@ class SPN(nn.Module):
     def forward(self, restored: Tensor, negatives: Sequence[Tensor]) -> Tensor:
         if not negatives:
             return restored.new_zeros((), dtype=torch.float32)
-        anchor = self.features(restored)
-        total = torch.zeros((), device=restored.device)
-        for negative in negatives:
-            with torch.no_grad():
-                past = self.features(negative)
-            for tap_weight, a, p in zip(self.features.tap_weights, anchor, past, strict=True):
-                total = total + tap_weight * F.l1_loss(a.float(), p.float())
-        return self.weight / len(negatives) * total
+        weights = [self.weight / len(negatives) * w for w in self.features.tap_weights]
+        return _Distance.apply(weights, map(self._past, negatives), *self.features(restored))
+
+    @torch.inference_mode()
+    def _past(self, negative: Tensor) -> list[Tensor]:
+        return self.features(negative)
+
+
+class _Distance(torch.autograd.Function):
+    """sum_k sum_l weights_l * mean |anchor_l - past_kl|, differentiated by the anchor alone.
+
+    The gradient, a sum of signs, is taken as the pasts go by, so that none of them is kept for the backward pass;
+    autograd would keep all.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Sequence[float], pasts: Iterable[list[Tensor]], *anchor: Tensor) -> Tensor:
+        total = torch.zeros((), device=anchor[0].device)
+        signs = [torch.zeros_like(a) for a in anchor]  # whole numbers, exact in bf16 too
+        for past in pasts:
+            for weight, a, p, sign in zip(weights, anchor, past, signs, strict=True):
+                difference = a.float() - p.float()
+                total += weight / a.numel() * torch.linalg.vector_norm(difference, 1)
+                sign += difference.sign_()
+        ctx.weights = weights
+        ctx.save_for_backward(*signs)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        pairs = zip(ctx.weights, ctx.saved_tensors, strict=True)
+        return None, None, *(sign * (gradient * (weight / sign.numel())) for weight, sign in pairs)
 
 
 class SPNConfig(BaseModel):

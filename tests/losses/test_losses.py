@@ -92,20 +92,43 @@ def test_random_weights_are_the_same_everywhere():
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def test_spn_is_the_mean_weighted_feature_distance(pair):
+def test_spn_and_its_gradient_are_those_of_the_mean_weighted_feature_distance(pair):
+    """Against autograd on the formula."""
     spn = SPN(0.01, layers={"relu1_1": 0.2, "relu1_2": 0.8}, weights="random")
     restored, clean = pair
+    past = [clean, clean.flip(-1), restored.clone()]  # one that equals: the distance has no slope there
     restored.requires_grad_()
-    past = [clean, clean.flip(-1)]
     value = spn(restored, past)
-    f, g, h = (spn.features(x) for x in (restored, *past))
-    distance = [sum(w * (a - b).abs().mean() for w, a, b in zip((0.2, 0.8), f, other, strict=True)) for other in (g, h)]
-    assert float(value) == pytest.approx(0.01 * float(sum(distance)) / 2, rel=1e-5)
     value.backward()
-    assert restored.grad is not None
+    gradient, restored.grad = restored.grad, None
+    anchor, *others = (spn.features(x) for x in (restored, *past))
+    distances = [
+        sum(w * (a - b.detach()).abs().mean() for w, a, b in zip((0.2, 0.8), anchor, other, strict=True))
+        for other in others
+    ]
+    expected = 0.01 * torch.stack(distances).mean()
+    expected.backward()
+    assert torch.allclose(value, expected, rtol=1e-5)
     assert restored.grad.abs().sum() > 0
+    assert torch.allclose(gradient, restored.grad, rtol=1e-4, atol=1e-9)
     assert not any(p.requires_grad for p in spn.parameters())
     assert float(spn(restored, [])) == 0
+
+
+def test_no_negative_s_features_are_kept_for_the_backward_pass(pair):
+    spn = SPN(layers={"relu1_1": 1.0}, weights="random")
+    restored = pair[0].requires_grad_()
+    num_bytes = []
+    for k in (1, 3):
+        num_bytes.append(0)
+
+        def keep(tensor):
+            num_bytes[-1] += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            spn(restored, [pair[1]] * k).backward()
+    assert num_bytes[0] == num_bytes[1]
 
 
 def test_the_restored_features_are_computed_once_whatever_k(pair):
