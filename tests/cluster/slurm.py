@@ -1,8 +1,8 @@
 """A real Slurm of two nodes on this machine, for tests: slurmctld, two slurmd and munge, with everything they write in
-one folder. Needs root and Debian's slurm-wlm and munge; no systemd."""
+one folder. Needs root and Debian's slurm-wlm and munge; no systemd. It may have more processors and memory than there
+are, and its first job has another number in each session: the number tells which processes and port are the job's."""
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -16,6 +16,8 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
+SlurmdParameters=config_overrides
+FirstJobId={first_job}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge/socket
 CredType=cred/munge
@@ -65,9 +67,16 @@ class Slurm:
         port, first, second = _free_ports(3)
         self.config = self.folder / "slurm.conf"
         self.config.write_text(
-            CONFIG.format(host=socket.gethostname(), port=port, folder=self.folder, first=first, second=second)
+            CONFIG.format(
+                host=socket.gethostname(),
+                port=port,
+                folder=self.folder,
+                first=first,
+                second=second,
+                first_job=os.getpid(),
+            )
         )
-        subprocess.run(["mungekey", "--create", f"--keyfile={munge}/key"], check=True)
+        subprocess.run(["mungekey", "--create", f"--keyfile={munge}/key"], env=self._environment(), check=True)
         files = [f"--{name}-file={munge}/{name}" for name in ("key", "pid", "log", "seed")]
         self._start("munged", "--foreground", "--force", f"--socket={munge}/socket", *files)
         _wait_for(lambda: (munge / "socket").exists(), "munged")
@@ -94,7 +103,7 @@ class Slurm:
     def run(self, *command: str, **variables: str) -> str:
         done = subprocess.run(
             command,
-            env=os.environ | {"SLURM_CONF": str(self.config), **variables},
+            env=self._environment() | variables,
             capture_output=True,
             text=True,
             check=False,
@@ -108,16 +117,10 @@ class Slurm:
 
     def _start(self, *command: str) -> None:
         log = (self.folder / f"{command[0]}.out").open("ab")
-        environment = os.environ | {"SLURM_CONF": str(self.config)}
-        self._daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        self._daemons.append(subprocess.Popen(command, env=self._environment(), stdout=log, stderr=log))
 
-
-def missing() -> str | None:
-    """Why there can be no Slurm here, if so."""
-    absent = [tool for tool in TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin")]
-    if absent:
-        return f"no {', '.join(absent)}: tests/cluster/install.sh installs them"
-    return None if os.geteuid() == 0 else "slurmd and slurmctld need root"
+    def _environment(self) -> dict[str, str]:
+        return os.environ | {"SLURM_CONF": str(self.config), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
 
 
 def _free_ports(number: int) -> list[int]:
@@ -130,7 +133,7 @@ def _free_ports(number: int) -> list[int]:
     return ports
 
 
-def _wait_for(condition, what: str, timeout: float = 60) -> None:
+def _wait_for(condition, what: str, timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:

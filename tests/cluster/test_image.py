@@ -4,6 +4,7 @@ it. Needs 30 GB of disk for some minutes; set MCIR_TEST_IMAGE to an image that i
 import json
 import os
 import shutil
+import socket
 import subprocess
 import time
 import tomllib
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mcir.checkpoint import damage
-from tests.cluster.tools import tool
+from tests.cluster.tools import needs, needs_root, tool, tools_python
 from tests.distributed.launch import ROOT
 
 pytestmark = pytest.mark.cluster
@@ -30,17 +31,19 @@ def run(*command: str, timeout: float = 1800, check: bool = True) -> str:
 
 
 @pytest.fixture(scope="module")
-def podman(tmp_path_factory) -> str:
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
+def podman(tmp_path_factory):
     path, config = tool("podman"), tmp_path_factory.mktemp("podman") / "containers.conf"
     config.write_text(
         f'[engine]\nruntime = "{tool("runc")}"\n'
         f'[containers]\ninit_path = "{tool("catatonit")}"\n'
         'default_ulimits = ["nofile=20000:20000", "nproc=4096:4096"]\n'
     )
-    os.environ["CONTAINERS_CONF"] = str(config)
-    return path
+    needs_root()
+    needs("the right to make namespaces", "unshare", "--mount", "--net", "--pid", "--uts", "--ipc", "--fork", "true")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONTAINERS_CONF", str(config))
+        needs("a podman that works", path, "info")
+        yield path
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +51,15 @@ def image(podman, tmp_path_factory):
     if "MCIR_TEST_IMAGE" in os.environ:
         yield os.environ["MCIR_TEST_IMAGE"]
         return
+    mmdebstrap, buildah = tool("mmdebstrap"), tool("buildah")
     if shutil.disk_usage("/var/lib").free < 30 * 2**30:
         pytest.skip("less than 30 GB of disk are free")
     folder = tmp_path_factory.mktemp("build")
-    packages = "python3,python3-venv,python3-dev,ca-certificates,libgomp1"
-    run(tool("mmdebstrap"), "--variant=minbase", f"--include={packages}", "bookworm", str(folder / "base.tar"))
+    download = ["-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--retries=0", "--dest", str(folder)]
+    needs("the network", tools_python("pip"), *download, "hatchling")
+    packages = "--include=python3,python3-venv,python3-dev,ca-certificates,libgomp1"
+    base = [mmdebstrap, "--variant=minbase", packages, "bookworm", str(folder / "base.tar")]
+    needs("Debian's packages", *base, timeout=600)
     run(podman, "import", "--quiet", str(folder / "base.tar"), BASE)
     (folder / "pip.conf").write_text(f"[global]\ncert = {CERTIFICATES}\n")
     (folder / "uv.toml").write_text("system-certs = true\n")
@@ -63,7 +70,7 @@ def image(podman, tmp_path_factory):
     volumes = [word for source, target in mounts.items() for word in ("-v", f"{source}:{target}")]
     arguments = ["--build-arg", f"BASE_IMAGE={BASE}", "--build-arg", "REVISION=0123abc"]
     where = ["-t", IMAGE, "-f", "docker/Dockerfile", "."]
-    run(tool("buildah"), "bud", "--isolation", "chroot", "--pull-never", *volumes, *arguments, *where)
+    run(buildah, "bud", "--isolation", "chroot", "--pull-never", *volumes, *arguments, *where)
     yield IMAGE
     run(podman, "rmi", "--force", IMAGE, BASE, check=False)
     run(podman, "image", "prune", "--force", check=False)
@@ -87,7 +94,7 @@ def record(folder: Path) -> dict:
     return json.loads(file.read_text()) if file.exists() else {"step": 0}
 
 
-def wait_for(condition, timeout: float = 240) -> None:
+def wait_for(condition, timeout: float = 600) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline
@@ -104,7 +111,8 @@ def test_the_quick_start_runs_as_nobody_special(podman, image, run_dir):
 def test_two_processes_save_on_sigterm_and_go_on(podman, image, run_dir):
     launch = ["--entrypoint", "accelerate", image, "launch", "--config_file", "launch/accelerate/ddp_cpu.yaml"]
     train = ["-m", "mcir", "train", "configs/quickstart.yaml", *QUICK[1:], "--resume", "auto"]
-    name = run(podman, "run", "--detach", *options(run_dir), *launch, *train, "steps=100000").strip()
+    name = "mcirtest-two"
+    run(podman, "run", "--detach", "--replace", "--name", name, *options(run_dir), *launch, *train, "steps=100000")
     try:
         wait_for(lambda: record(run_dir)["step"] >= 1)
         run(podman, "stop", "--time", "60", name)
@@ -149,7 +157,7 @@ def locks() -> list[tuple[str, str]]:
     return [(line.split("==")[0], line.split("==")[1].split(" ;")[0].strip()) for line in lines if "==" in line]
 
 
-def test_compose_brings_up_trainer_and_tensorboard(podman, image, tmp_path):
+def test_compose_brings_up_trainer_and_tensorboard(podman, image, tmp_path, monkeypatch):
     override = tmp_path / "here.yaml"  # no GPU, no bridge network
     command = ["--config_file", "launch/accelerate/ddp_cpu.yaml", "-m", "mcir", "train", "configs/quickstart.yaml"]
     override.write_text(
@@ -159,10 +167,14 @@ def test_compose_brings_up_trainer_and_tensorboard(podman, image, tmp_path):
         "  tensorboard:\n    network_mode: host\n    ports: !reset []\n"
     )
     project = [tool("podman-compose"), "-p", "mcirtest", "-f", "docker/compose.yaml", "-f", str(override)]
-    os.environ["IMAGE"] = image
+    monkeypatch.setenv("IMAGE", image)
+    with socket.socket() as port:
+        if port.connect_ex(("127.0.0.1", 6006)) == 0:
+            pytest.skip("something listens on port 6006 already")
+    run(*project, "down", "--volumes", check=False)  # of a session that was killed
     try:
         run(*project, "--podman-run-args=--pull=never", "up", "-d", "--no-build")
-        run(podman, "wait", "mcirtest_trainer_1", timeout=240)
+        run(podman, "wait", "mcirtest_trainer_1", timeout=600)
         logs = run(podman, "logs", "mcirtest_trainer_1")
         assert "heldout" in logs
 
@@ -177,9 +189,8 @@ def test_compose_brings_up_trainer_and_tensorboard(podman, image, tmp_path):
         run(podman, "healthcheck", "run", "mcirtest_tensorboard_1")
     finally:
         run(*project, "down", "--volumes", check=False)
-        del os.environ["IMAGE"]
 
 
 def test_linters_find_nothing():
     run(tool("hadolint"), "docker/Dockerfile")
-    run(tool("dclint"), "--quiet", "docker/compose.yaml")
+    run(tool("node"), tool("dclint"), "--quiet", "docker/compose.yaml")

@@ -1,7 +1,10 @@
 """The manifests of launch/kubernetes are what Kubernetes, JobSet and Kubeflow Trainer know, and nothing in them runs as
 root or is open to the outside. Rendered and checked offline."""
 
+import json
+import re
 import subprocess
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,8 +19,18 @@ FOLDER = ROOT / "launch" / "kubernetes"
 VARIANTS = ["trainjob", "jobset", "overlays/trainjob-2x8", "overlays/jobset-2x8"]
 
 
+@cache
+def kubectl() -> str:
+    path = tool("kubectl")
+    version = subprocess.run([path, "version", "--client", "--output=json"], capture_output=True, text=True, check=True)
+    version = json.loads(version.stdout)["clientVersion"]["gitVersion"]
+    if [int(number) for number in re.findall(r"\d+", version)[:2]] < [1, 27]:
+        pytest.skip(f"kubectl {version} is older than 1.27: tests/cluster/install.sh installs a newer one")
+    return path
+
+
 def render(variant: str) -> str:
-    command = [tool("kubectl"), "kustomize", str(FOLDER / variant)]
+    command = [kubectl(), "kustomize", str(FOLDER / variant)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.cluster.slurm import Slurm, missing
-from tests.cluster.tools import tool
+from tests.cluster.slurm import TOOLS, Slurm
+from tests.cluster.tools import end_leftovers, needs_root, tool
 from tests.distributed.launch import ROOT, environment, run, write_config
 from tests.runs import tiny_config
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = pytest.mark.cluster
 
 SCRIPT = ROOT / "launch" / "slurm" / "train.sbatch"
 STEPS = 400
@@ -25,6 +25,10 @@ STEPS = 400
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
+    for name in TOOLS:
+        tool(name)
+    needs_root()
+    end_leftovers()
     with Slurm(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
         yield cluster
 
@@ -57,7 +61,7 @@ class Job:
     def record(self) -> dict:
         return json.loads((self.run_dir / "run.json").read_text())
 
-    def wait_for(self, condition, timeout: float = 300) -> None:
+    def wait_for(self, condition, timeout: float = 600) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"{self.state()}\n{self.text()[-4000:]}"

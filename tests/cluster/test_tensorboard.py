@@ -12,14 +12,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cluster.tools import FOLDER, tool
+from tests.cluster.tools import FOLDER, needs, tool
 from tests.distributed.launch import ROOT, environment
 
 pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
+def browser(tmp_path_factory) -> tuple[str, str]:
+    """Node and Chromium, tried."""
+    node, chromium = tool("node"), tool("chromium")
+    if not (FOLDER / "node_modules" / "playwright-core").is_dir():
+        pytest.skip(f"no playwright-core in {FOLDER}: tests/cluster/install.sh installs it")
+    profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", profile]
+    needs("a Chromium that starts", chromium, *options, "--dump-dom", "about:blank")
+    return node, chromium
+
+
+@pytest.fixture(scope="module")
+def url(browser, tmp_path_factory):
     """TensorBoard over a finished run."""
     runs = tmp_path_factory.mktemp("runs")
     overrides = ["steps=12", "validation.every=6", "tracking.log_every=2", f"runs_dir={runs}"]
@@ -28,17 +40,7 @@ def url(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    serve = [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        "--logdir",
-        str(runs),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
+    serve = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs), "--host", "127.0.0.1", f"--port={port}"]
     server = subprocess.Popen(serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -54,10 +56,8 @@ def url(tmp_path_factory):
         server.wait()
 
 
-def test_curves_are_drawn_and_pictures_loaded(url, tmp_path):
-    node, chromium = tool("node"), tool("chromium")
-    if not (FOLDER / "node_modules" / "playwright-core").is_dir():
-        pytest.skip(f"no playwright-core in {FOLDER}: tests/cluster/install.sh installs it")
+def test_curves_are_drawn_and_pictures_loaded(browser, url, tmp_path):
+    node, chromium = browser
     script = str(ROOT / "tests" / "cluster" / "open_tensorboard.js")
     done = subprocess.run(
         [node, script, url, chromium, str(tmp_path / "page.png")],

@@ -1,12 +1,16 @@
-"""Where the tools are that tests/cluster/install.sh installs."""
+"""What the tests marked `cluster` need of a machine: where it is missing they are skipped at once, saying why."""
 
 import os
 import shutil
+import signal
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(os.environ.get("MCIR_TOOLS", "/opt/mcir-tools"))
+SESSION = "MCIR_TEST_SESSION"
 
 
 def tool(name: str) -> str:
@@ -25,3 +29,32 @@ def tools_python(*packages: str) -> str:
     if not python.exists() or not found.issuperset(packages):
         pytest.skip(f"no {', '.join(packages)} in {FOLDER}: tests/cluster/install.sh installs them")
     return str(python)
+
+
+def needs(what: str, *command: str, timeout: float = 60) -> None:
+    """The test is skipped where a command fails that needs no more than `what`: a right, the network."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"needs {what}: {error}")
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        pytest.skip(f"needs {what}: {command[0]}: {said[-1]}")
+
+
+def needs_root() -> None:
+    """Root who may become another user, which the root of a user namespace may not."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    needs("root with all rights", "setpriv", "--clear-groups", "true")
+
+
+def end_leftovers() -> None:
+    """Ends what test sessions that were killed have left running, and marks what this one starts."""
+    os.environ[SESSION] = str(os.getpid())
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            variables = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            mark = next((v.decode() for v in variables if v.startswith(f"{SESSION}=".encode())), None)
+            if mark and not Path("/proc", mark.partition("=")[2]).exists():
+                os.kill(int(entry.name), signal.SIGKILL)
