@@ -187,6 +187,54 @@ def restore(
 
 
 @app.command()
+def bench(
+    configs: Configs,
+    json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps timed with the loader.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of mcir, plain and reference in turns.")] = 5,
+    compare: Annotated[bool, typer.Option(help="Whether plain and reference are timed too.")] = True,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep", help="Try bf16, channels_last, compile and batch sizes; print the best as YAML to train with."
+        ),
+    ] = False,
+) -> None:
+    """Time training steps on this machine: their parts, and against a plain and a straightforward step."""
+    from json import dumps
+
+    from rich.console import Console
+
+    from mcir.config import load
+
+    config = load(*_split(configs))
+    if sweep:
+        from mcir import sweep as settings
+
+        if "WORLD_SIZE" in os.environ:
+            raise UserError("--sweep measures one process: run it without a launcher")
+        trials = []
+        for trial in settings.sweep(config, configs):
+            trials.append(trial)
+            print(trial, file=sys.stderr, flush=True)
+        if trials[0].fault:
+            raise UserError(f"the config as it is cannot be timed: {trials[0].fault}")
+        print(dumps([vars(trial) for trial in trials]) if json else settings.dump(trials).rstrip())
+        return
+    from mcir.bench import bench as measure
+    from mcir.bench import report
+
+    result = measure(config, steps, rounds, compare)
+    if int(os.environ.get("RANK", "0")):
+        return
+    if json:
+        print(dumps(result))
+    else:
+        for shown in report(result):
+            Console().print(shown, highlight=False)
+
+
+@app.command()
 def runs(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of runs, or one run.")],
     json: Annotated[bool, typer.Option("--json", help="Print the records (run.json) as a JSON list.")] = False,

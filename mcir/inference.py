@@ -9,6 +9,7 @@ do not: for them a tile is a change of the network, and "auto" tiles only after 
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -21,6 +22,20 @@ TILES_AT_ONCE = 16  # of a network with one size, in one forward: small tiles al
 SMALLEST_TILE = 32  # where "auto" gives up
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 without TF32, whose 10 bits would move the numbers of published tables."""
+    matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = conv
+
+
+@full_precision()
 @torch.no_grad()  # not inference_mode: what a network caches in forward must stay usable in training
 def infer(
     net: nn.Module,

@@ -131,7 +131,7 @@ def blur_with_colour(image: Tensor) -> Tensor:
     for channel in range(channels):
         kernel[channel, channel : channel + WINDOW] = window
     repeated = torch.arange(-RADIUS, channels + RADIUS, device=image.device).clamp(0, channels - 1)
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return F.conv2d(image[:, repeated], kernel.to(image))
 
 

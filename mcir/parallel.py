@@ -60,6 +60,9 @@ def build_accelerator(
     process_group = InitProcessGroupKwargs(
         backend="gloo" if rehearsal and zero else None, timeout=timedelta(seconds=timeout_s)
     )
+    if torch.cuda.is_available():
+        # TF32, as cuDNN has by default: 10 bits of products' factors, fp32 sums. `infer` measures in full fp32.
+        torch.set_float32_matmul_precision("high")
     fsdp_plugin = FullyShardedDataParallelPlugin() if fsdp else None
     if fsdp_plugin is not None and fsdp_plugin.fsdp_version != 2:
         raise UserError(

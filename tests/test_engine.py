@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcir.config import validate
 from mcir.data.loader import Batch
@@ -181,3 +182,54 @@ def test_checkpointed_activations_change_nothing_and_are_not_kept(tmp_path):
     (plain, all_kept), (checkpointed, kept) = trained("plain", False), trained("checkpointed", True)
     assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
     assert kept < 0.8 * all_kept
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations by which Python looks into a tensor, or whose result has a size that depends on values:
+    each waits for the device, where there is one."""
+
+    WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if name in self.WAITING:
+            self.counted.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def busy_engine(folder):
+    """Everything a step can do: two micro-batches, clipping, EMA, negatives that are due every step."""
+    values = tiny_config(folder, accumulate=2)
+    values["optim"]["max_grad_norm"] = 1.0
+    for schedule in values["objective"]["spn"]["negatives"]:
+        schedule["update_every"] = 1
+    engine = build_engine(validate(values, "test"))
+    batches = iter(engine.loader)
+    return engine, [[next(batches), next(batches)] for _ in range(4)]
+
+
+def test_no_step_reads_a_value_on_the_host(tmp_path):
+    engine, batches = busy_engine(tmp_path)
+    with HostReads() as reads:
+        float(torch.ones(()))  # the instrument counts
+    assert reads.counted == ["_local_scalar_dense"]
+    with HostReads() as reads:
+        for micro_batches in batches:
+            engine.step(micro_batches)
+    assert reads.counted == []
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu(tmp_path):
+    engine, batches = busy_engine(tmp_path)
+    engine.step(batches[0])  # the first fills the optimizer's state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for micro_batches in batches[1:]:
+            engine.step(micro_batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -241,3 +241,20 @@ def test_wrong_input_and_wrong_descriptor_are_errors():
         infer(net, Descriptor(scale=2), torch.rand(1, 3, 8, 8))
     with pytest.raises(AssertionError, match="eval"):
         infer(nn.Identity(), Descriptor(), torch.rand(1, 3, 8, 8))
+
+
+def test_the_network_runs_in_full_fp32_and_nothing_else_does():
+    seen = []
+
+    class Looking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+            return x
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        infer(Looking().eval(), Descriptor(), torch.rand(1, 3, 4, 4))
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [("highest", False)]
