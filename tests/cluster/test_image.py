@@ -39,7 +39,8 @@ def podman(tmp_path_factory):
         'default_ulimits = ["nofile=20000:20000", "nproc=4096:4096"]\n'
     )
     needs_root()
-    needs("the right to make namespaces", "unshare", "--mount", "--net", "--pid", "--uts", "--ipc", "--fork", "true")
+    apart = ["--mount", "--propagation=unchanged", "--net", "--pid", "--uts", "--ipc", "--fork", "true"]
+    needs("the right to make namespaces", "unshare", *apart)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONTAINERS_CONF", str(config))
         needs("a podman that works", path, "info")
@@ -55,8 +56,8 @@ def image(podman, tmp_path_factory):
     if shutil.disk_usage("/var/lib").free < 30 * 2**30:
         pytest.skip("less than 30 GB of disk are free")
     folder = tmp_path_factory.mktemp("build")
-    download = ["-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--retries=0", "--dest", str(folder)]
-    needs("the network", tools_python("pip"), *download, "hatchling")
+    download = ["-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--retries=0", "--timeout=10"]
+    needs("the network", tools_python("pip"), *download, f"--dest={folder}", "hatchling")
     packages = "--include=python3,python3-venv,python3-dev,ca-certificates,libgomp1"
     base = [mmdebstrap, "--variant=minbase", packages, "bookworm", str(folder / "base.tar")]
     needs("Debian's packages", *base, timeout=600)

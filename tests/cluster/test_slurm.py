@@ -72,6 +72,7 @@ class Job:
 
         def made() -> bool:
             starts = self.record()["starts"] if (self.run_dir / "run.json").exists() else []
+            assert len(starts) <= number, f"it ended by itself: {starts[-1]['reason']}\n{self.text()[-4000:]}"
             return len(starts) == number and self.record()["step"] >= starts[-1]["step"] + steps
 
         self.wait_for(made)
@@ -132,7 +133,7 @@ def test_preempted_crashed_and_out_of_time_it_ends_with_the_weights_of_an_undist
     assert record["starts"][3]["reason"] == "it was preempted"
     assert len((job.run_dir / "crashes.txt").read_text().splitlines()) == 1
 
-    undisturbed = run("fsdp2_cpu", "train", str(config), "name=undisturbed")
+    undisturbed = run("fsdp2_cpu", "train", str(config), "name=undisturbed", timeout=900)
     assert undisturbed.returncode == 0, undisturbed.stdout
     expected, got = final_tensors(tmp_path / "runs" / "undisturbed", STEPS), final_tensors(job.run_dir, STEPS)
     assert expected.keys() == got.keys()

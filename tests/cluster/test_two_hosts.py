@@ -116,6 +116,7 @@ class Pair:
 
         def gone_on() -> bool:
             starts = self.record()["starts"]
+            assert len(starts) <= start, f"it ended by itself: {starts[-1]['reason']}"
             return len(starts) == start and self.record()["step"] >= starts[-1]["step"] + 15
 
         self.wait_for(gone_on, f"15 steps after start {start}")

@@ -51,10 +51,11 @@ def needs_root() -> None:
 
 def end_leftovers() -> None:
     """Ends what test sessions that were killed have left running, and marks what this one starts."""
-    os.environ[SESSION] = str(os.getpid())
+    namespace = os.readlink("/proc/self/ns/pid")  # a session in a container has the pids of another one
+    os.environ[SESSION] = f"{namespace} {os.getpid()}"
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
             variables = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
-            mark = next((v.decode() for v in variables if v.startswith(f"{SESSION}=".encode())), None)
-            if mark and not Path("/proc", mark.partition("=")[2]).exists():
+            mark = next((v.decode() for v in variables if v.startswith(f"{SESSION}={namespace} ".encode())), None)
+            if mark and not Path("/proc", mark.split()[1]).exists():
                 os.kill(int(entry.name), signal.SIGKILL)
