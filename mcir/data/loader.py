@@ -133,12 +133,11 @@ class _SampleStream(IterableDataset):
                 epoch, row = streams[which].read(index)
                 # not hash(): it differs between processes
                 rng = np.random.default_rng([self.seed, epoch, which, zlib.crc32(row.key.encode())])
-                yield (
-                    row.key,
-                    *training_pair(row, self.data.crop_size, self.scale, train.degradation, self.data.augment, rng),
-                )
+                pair = training_pair(row, self.data.crop_size, self.scale, train.degradation, self.data.augment, rng)
+                sample: _Sample | _Failure = (row.key, *pair)
             except UserError as error:
-                yield _Failure(str(error))
+                sample = _Failure(str(error))
+            yield sample  # outside of try: a program that ends here has no UserError left to compare with
             position += stride
 
 

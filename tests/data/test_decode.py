@@ -156,3 +156,25 @@ def test_decompression_bombs_are_refused_before_decoding(side):
     for look in (decode, image_size):
         with pytest.raises(UserError, match=r"^here: refused, more than 89,478,485 pixels"):
             look(bomb, "here")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bombs_of_other_formats_are_refused_too():
+    """A small image whose header was changed to say 16,383 pixels a side."""
+    jpeg, lossy = bytearray(encode(SMOOTH, "JPEG")), bytearray(encode(SMOOTH, "WEBP"))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 16_383, 16_383)
+    lossy[26:30] = struct.pack("<HH", 16_383, 16_383)
+    lossless = bytearray(encode(SMOOTH, "WEBP", lossless=True))
+    flags = lossless[24] & 0xF0
+    lossless[21:25] = (flags << 24 | 16_382 << 14 | 16_382).to_bytes(4, "little")
+    for bomb in (jpeg, lossy, lossless):
+        with pytest.raises(UserError, match=r"^here: refused, more than 89,478,485 pixels"):
+            decode(bytes(bomb), "here")
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"restart_marker_blocks": 1}, {"comment": b"\xff\xc0" * 9}])
+def test_every_kind_of_jpeg_header_is_read(options):
+    check(encode(SMOOTH, "JPEG", quality=95, **options), SMOOTH, atol=12)
+    padded = encode(SMOOTH, "JPEG", quality=95, **options).replace(b"\xff\xdb", b"\xff\xff\xff\xdb", 1)
+    check(padded, SMOOTH, atol=12)  # a marker may be preceded by fill bytes
