@@ -55,6 +55,8 @@ class Engine:
         spn = config.objective.spn
         self.negatives = Negatives(net, spn.negatives if spn else (), init=self.arch.build)
         self.objective = Objective(config.objective).to(accelerator.device)
+        if accelerator.is_main_process and spn and spn.features.weights == "random":
+            log.warning("the features have random weights (seeded He initialisation): these are not VGG's numbers")
         self.replica = deepcopy(net).requires_grad_(False).eval()  # validation and export need the weights whole
         optimizer = config.optim.optimizer.build(net.parameters())
         if config.compute.checkpoint_activations:

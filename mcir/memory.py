@@ -20,8 +20,7 @@ STRATEGIES = ("single", "ddp", "fsdp2", "zero2", "zero3")
 
 def plan(config: RunConfig, strategy: str, world_size: int) -> dict[str, int]:
     """Bytes on one process by part. `single` ignores `world_size`."""
-    with torch.device("meta"):
-        net = config.arch.build()
+    net = without_values(config)
     trained = 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
     whole = 4 * sum(t.numel() for t in [*net.parameters(), *net.buffers()])
     shards = 1 if strategy in ("single", "ddp") else world_size
@@ -84,9 +83,13 @@ def _weightless(config: RunConfig) -> Any:
     return objective.model_copy(update={"spn": objective.spn.model_copy(update={"features": features})})
 
 
+def without_values(config: RunConfig) -> nn.Module:
+    """The network on the meta device. It is built on the CPU first: some read values while they are built."""
+    return config.arch.build().to("meta")
+
+
 def _parameters(config: RunConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in config.arch.build().parameters())
+    return sum(p.numel() for p in config.arch.build().parameters())
 
 
 def _bytes(tensors: Any) -> int:

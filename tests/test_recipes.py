@@ -12,6 +12,7 @@ from mcir.config import RunConfig, load
 from mcir.data.layouts import LAYOUTS
 from mcir.data.sources import ParquetSource
 from mcir.engine import build_engine
+from mcir.memory import plan
 from tests.runs import write_dataset
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -122,6 +123,13 @@ def test_the_negatives_are_the_released_ones(name):
     assert {(s.decay, s.start) for s in spn.negatives} == {(0.1, 0.1)}
     assert (spn.features.network, spn.features.weights) == ("vgg16", "imagenet")
     assert spn.features.layers == {"relu1_2": 0.2, "relu2_2": 0.3, "relu3_3": 0.5}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_memory_is_planned_without_data_or_device(name):
+    planned = plan(recipe(name), "ddp", 2)
+    assert planned["negatives"] == 4 * planned["target"]
+    assert planned["activations"] > planned["gradients"]
 
 
 def test_the_released_recipe_of_spn():

@@ -1,6 +1,5 @@
 """VGG features, tapped by name and computed only as deep as asked. Frozen, fp32 weights, outside every wrapper."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -10,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validato
 from torch import Tensor, nn
 
 from mcir.errors import UserError
-
-log = logging.getLogger(__name__)
 
 CONVS_PER_STAGE = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # Simonyan & Zisserman 2015, columns D and E
 RELEASED_LAYERS = {"relu1_2": 0.2, "relu2_2": 0.3, "relu3_3": 0.5}  # Aitical/MCLIR, options/FFANet_RESIDE_IN
@@ -94,7 +91,6 @@ def _load(network: str, depth: int, weights: str) -> nn.Sequential:
             if isinstance(layer, nn.ReLU):
                 layers[i] = nn.ReLU(inplace=False)  # a tap must keep its values
     if weights == "random":
-        log.warning("the features of %s have random weights (seeded He initialisation): not VGG numbers", network)
         return layers
     if weights == "imagenet":
         url = getattr(models, f"{network.upper()}_Weights").IMAGENET1K_V1.url
