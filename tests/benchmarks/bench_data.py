@@ -7,8 +7,11 @@ same crops in batches. The ways take turns, and of each the fastest of `rounds` 
 machine too. Images/s count decoded images, two a sample. Target: at least 0.9 of the decoder's own rate at equal cores
 and at least 1.3 times the folder loop.
 
-The second table says how well the order shuffles: how far apart, in samples, neighbouring crops of one photograph land
-that were packed side by side, as a share of the epoch (1/3 where the order is uniformly random).
+The second table is about the order, for datasets of 16 to 1536 row groups of 12 to 20 rows:
+- shuffle: how far apart, in samples, rows land that were packed side by side, as a share of the epoch (1/3 where the
+  order is uniformly random). `mcir data pack` shuffles the rows too; this is what the order adds.
+- read: rows of the row groups that all ranks together fetch in an epoch, over the rows of the dataset, for world sizes
+  1, 2, 4 and 8. Row groups are fetched whole; did every rank read everything, it would be 1, 2, 4 and 8.
 """
 
 import argparse
@@ -28,9 +31,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.io import decode_jpeg, decode_png, decode_webp
 
-from mcir.data.loader import DataConfig, Loader
+from mcir.data.loader import DataConfig, Loader, _Stream
+from mcir.data.order import Order
+from mcir.data.sources import Row, Units
 
 SIDE, CROP, BATCH, NUM_PAIRS = 256, 128, 16, 128
+BUFFER, WORLD_SIZES = 1024, (1, 2, 4, 8)
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "png": ("PNG", {}),
     "jpeg": ("JPEG", {"quality": 95}),
@@ -61,7 +67,7 @@ def pictures(folder: Path | None) -> Iterator[Image.Image]:
 
 
 def write(root: Path, kind: str, source: Iterator[Image.Image]) -> None:
-    """The same pairs as shards of 16 row groups each and as two folders."""
+    """The same pairs as shards of row groups of 16 rows and as two folders."""
     suffix, options = KINDS[kind]
 
     def encode(image: Image.Image) -> bytes:
@@ -167,6 +173,36 @@ def speed(root: Path, args: argparse.Namespace) -> None:
             )
 
 
+def fetched(lengths: tuple[int, ...], world_size: int) -> float:
+    """Rows of the row groups that all ranks fetch in one epoch, as a multiple of the rows there are."""
+    num_fetched = 0
+
+    def rows(unit: int, start: int) -> Iterator[Row]:
+        nonlocal num_fetched
+        num_fetched += lengths[unit]
+        yield from itertools.repeat(Row("", b"", None, ""), lengths[unit] - start)
+
+    for rank in range(world_size):
+        stream = _Stream(Units(lengths, rows), seed=0, buffer=BUFFER)
+        for index in range(rank, sum(lengths), world_size):
+            stream.read(index)
+    return num_fetched / sum(lengths)
+
+
+def shuffle() -> None:
+    print(f"\nrow groups   rows lanes  shuffle   read by {'  '.join(f'{ranks:4}' for ranks in WORLD_SIZES)} ranks")
+    for num_units in (16, 48, 192, 384, 1536):
+        lengths = tuple(np.random.default_rng(0).integers(12, 21, num_units).tolist())  # a row group ends by bytes
+        order = Order(lengths, seed=0, buffer=BUFFER)
+        starts, places = np.cumsum((0, *lengths)), np.empty(order.num_rows)
+        for index in range(order.num_rows):
+            unit, row = order.row(index)
+            places[starts[unit] + row] = index
+        distance = np.abs(np.diff(places)).mean() / order.num_rows
+        read = "  ".join(f"{fetched(lengths, world_size):4.2f}" for world_size in WORLD_SIZES)
+        print(f"{num_units:10} {order.num_rows:6} {order.num_lanes:5} {distance:8.2f} {'':9} {read}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photographs", type=Path, help="folder of photographs; without one, synthetic pictures")
@@ -178,6 +214,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         speed(Path(folder), args)
+    shuffle()
 
 
 if __name__ == "__main__":
