@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mcir.config import RunConfig
 from mcir.data.loader import Batch
 from mcir.engine import Engine, build_engine
+from mcir.inference import is_out_of_memory
 from mcir.losses.features import Features
 from mcir.parallel import precision_of, strategy
 from mcir.tracking import memory_gib
@@ -190,7 +191,14 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
             variants["plain"] = open_engine(_plain(config), folder).step
             if engine.accelerator.num_processes == 1:
                 variants["reference"] = Reference(engine).step
-        flops = {name: count_flops(step, fixed) for name, step in variants.items()}
+        flops, wanted = dict[str, int](), set(variants)
+        for name in list(variants):
+            try:
+                flops[name] = count_flops(variants[name], fixed)
+            except (RuntimeError, MemoryError) as error:
+                if name == "mcir" or not is_out_of_memory(error):
+                    raise
+                del variants[name]
         rates: dict[str, list[float]] = {name: [] for name in variants}
         for i in range(rounds + 1):
             for name, step in variants.items():
@@ -221,6 +229,7 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
         "memory_gib": memory,
         "flops": flops,
         "mfu": _utilisation(flops["mcir"], ms["mcir"], device, precision_of(engine.accelerator)),
+        "out_of_memory": sorted(wanted - set(ms)),
         "compared_ms": ms,
         "compared_ms_range": {name: [min(taken), max(taken)] for name, taken in rates.items()},
     }
@@ -263,8 +272,10 @@ def report(result: dict[str, Any]) -> Iterator[str | Table]:
     if r["update_ms"] is not None:
         share = r["update_ms"] / 100 / r["step_ms"]
         yield f"update of all negatives at once {r['update_ms']:.3g} ms: {share:.2%} of the time at update_every 100"
+    for name in r["out_of_memory"]:
+        yield f"the {name} step does not fit into memory"
     ms, flops = r["compared_ms"], r["flops"]
-    if len(ms) == 1:
+    if "plain" not in ms:
         return
     compared = Table("", "ms (range)", "GFLOP", "time", "GFLOP", "time")
     for column, base in zip(compared.columns[3:], ("plain", "plain", "reference"), strict=True):

@@ -1,9 +1,10 @@
-"""Where the shared golden data lies, when it does."""
+"""What tests need of their surroundings: the shared golden data, a GPU."""
 
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 SHARED = Path(os.environ.get("MCIR_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -20,3 +21,8 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("no shared/data beside this checkout (set MCIR_SHARED)")
     return SHARED / "data"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from mcir.bench import PARTS, Reference, Stopwatch, bench, count_flops, open_engine
+from mcir.bench import PARTS, Reference, Stopwatch, bench, count_flops, open_engine, report
 from mcir.cli import main
 from mcir.config import load, validate
 from mcir.sweep import Trial, dump, overlay
@@ -80,6 +80,16 @@ def test_the_reference_step_has_the_engine_s_loss(config, tmp_path):
     batches = [next(iter(engine.loader))]
     expected = engine.step(batches)["total"]
     assert torch.allclose(reference.step(batches)["total"], expected, rtol=1e-5)
+
+
+def test_a_reference_that_does_not_fit_is_left_out(config, monkeypatch):
+    def step(self, batches):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Reference, "step", step)
+    result = bench(config, steps=1, rounds=1)
+    assert (set(result["compared_ms"]), result["out_of_memory"]) == ({"mcir", "plain"}, ["reference"])
+    assert "the reference step does not fit into memory" in list(report(result))
 
 
 def test_bench_leaves_nothing_behind(config, tmp_path):
