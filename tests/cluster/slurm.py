@@ -87,8 +87,14 @@ class Slurm:
         _wait_for(lambda: self.run(*nodes).strip() == "2 idle", "two nodes")
 
     def __exit__(self, *_: object) -> None:
-        self.run("scancel", "--signal=KILL", "--full", *self.run("squeue", "--noheader", "--format=%A").split())
-        self._stop()
+        jobs = ("squeue", "--noheader", "--format=%A")
+        for job in self.run(*jobs).split():
+            self.run("scancel", "--signal=KILL", "--full", job)
+            self.run("scancel", job)
+        try:
+            _wait_for(lambda: not self.run(*jobs), "the end of all jobs")  # without the daemons their steps never end
+        finally:
+            self._stop()
 
     def _stop(self) -> None:
         for daemon in reversed(self._daemons):
@@ -137,5 +143,5 @@ def _wait_for(condition, what: str, timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"{what} did not come up in {timeout} s")
+            raise AssertionError(f"{what} was not there in {timeout} s")
         time.sleep(0.2)
