@@ -215,6 +215,7 @@ class Loader:
         self.data, self.scale, self.seed = data, scale, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.device = torch.device(device)
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.position = 0
         self.num_skipped = 0
 
@@ -262,9 +263,14 @@ class Loader:
         if len({image.dtype for image in images}) > 1:  # 8 and 16 bit files in one batch
             images = tuple(to_float(image) for image in images)
         batch = torch.stack(images)
-        if self.device.type == "cuda":
-            batch = batch.pin_memory().to(self.device, non_blocking=True)
-        return to_float(batch)
+        if self._copies is None:
+            return to_float(batch)
+        with torch.cuda.stream(self._copies):  # beside the step that the device is still busy with
+            batch = to_float(batch.pin_memory().to(self.device, non_blocking=True))
+        step = torch.cuda.current_stream(self.device)
+        step.wait_stream(self._copies)
+        batch.record_stream(step)
+        return batch
 
 
 def to_float(image: Tensor) -> Tensor:

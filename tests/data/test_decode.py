@@ -139,13 +139,27 @@ def test_what_is_no_image_is_one_clear_sentence():
 
 @pytest.mark.parametrize("image", [RGB, SMOOTH])
 def test_a_flipped_byte_of_a_png_is_found(image):
-    """Were one to reach libpng inside torchvision, the process would die of it: this test would not just fail."""
     data = encode(image, "PNG")
-    for place in range(8, len(data) - 12, max(1, len(data) // 150)):
+    for place in range(8, len(data) - 12, max(1, len(data) // 300)):
         flipped = bytearray(data)
         flipped[place] ^= 0xFF
         with pytest.raises(UserError, match=r"^here: "):
             decode(bytes(flipped), "here")
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "rows"),
+    [
+        (8, 2, b"\0" * 10),  # too short
+        (8, 2, b"\7" * 13 * 4),  # no such filter
+        (16, 6, b"\7" * 33 * 4),
+        (8, 3, b"\0" * 5 * 4),  # no palette
+    ],
+)
+def test_a_png_whose_checksums_are_right_and_whose_pixels_are_wrong(depth, colour, rows):
+    """In torchvision 0.29 such files end the process."""
+    with pytest.raises(UserError, match=r"^here: the (PNG image is truncated or corrupt|image's header is corrupt)"):
+        decode(png(4, 4, depth, colour, rows), "here")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
