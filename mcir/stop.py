@@ -33,6 +33,10 @@ class StopRequest:
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if kind is None and self._pending is not None:  # all ranks have begun it
+            # A tensor that gloo's thread still holds when the interpreter ends aborts the process (pytorch#179291).
+            self._pending[1].wait()
+            self._pending = None
 
     def agreed(self) -> int:
         """Exit code that a signal to any rank asks for, 0 for none; the same on all ranks. Call once a step, on all.

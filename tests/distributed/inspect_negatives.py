@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -55,6 +56,7 @@ def main(output: str) -> None:
     }
     Path(output, f"rank{accelerator.process_index}.json").write_text(json.dumps(record))
     accelerator.end_training()
+    time.sleep(1)  # gloo's threads may hold the last tensors for a moment, and abort an interpreter that ends meanwhile
 
 
 main(*sys.argv[1:])
