@@ -1,6 +1,6 @@
 """A real Slurm of two nodes on this machine, for tests: slurmctld, two slurmd and munge, with everything they write in
 one folder. Needs root and Debian's slurm-wlm and munge; no systemd. It may have more processors and memory than there
-are, and its first job has another number in each session: the number tells which processes and port are the job's."""
+are, and its first job has another number in each test run: the number tells which processes and port are the job's."""
 
 import os
 import socket

@@ -172,7 +172,7 @@ def test_compose_brings_up_trainer_and_tensorboard(podman, image, tmp_path, monk
     with socket.socket() as port:
         if port.connect_ex(("127.0.0.1", 6006)) == 0:
             pytest.skip("something listens on port 6006 already")
-    run(*project, "down", "--volumes", check=False)  # of a session that was killed
+    run(*project, "down", "--volumes", check=False)  # of a test run that was killed
     try:
         run(*project, "--podman-run-args=--pull=never", "up", "-d", "--no-build")
         run(podman, "wait", "mcirtest_trainer_1", timeout=600)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(os.environ.get("MCIR_TOOLS", "/opt/mcir-tools"))
-SESSION = "MCIR_TEST_SESSION"
+RUN = "MCIR_TEST_RUN"
 
 
 def tool(name: str) -> str:
@@ -50,12 +50,12 @@ def needs_root() -> None:
 
 
 def end_leftovers() -> None:
-    """Ends what test sessions that were killed have left running, and marks what this one starts."""
-    namespace = os.readlink("/proc/self/ns/pid")  # a session in a container has the pids of another one
-    os.environ[SESSION] = f"{namespace} {os.getpid()}"
+    """Ends what test runs that were killed have left running, and marks what this one starts."""
+    namespace = os.readlink("/proc/self/ns/pid")  # a test run in a container has the pids of another one
+    os.environ[RUN] = f"{namespace} {os.getpid()}"
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
             variables = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
-            mark = next((v.decode() for v in variables if v.startswith(f"{SESSION}={namespace} ".encode())), None)
+            mark = next((v.decode() for v in variables if v.startswith(f"{RUN}={namespace} ".encode())), None)
             if mark and not Path("/proc", mark.split()[1]).exists():
                 os.kill(int(entry.name), signal.SIGKILL)
