@@ -1,10 +1,8 @@
 """Where images come from: every format as a list of units of known length whose rows can be read from any row on.
 
-The rows are undecoded: `clean` and `degraded` are the bytes of image files. In Parquet a row group is a unit, and page
-checksums are verified; Hugging Face `datasets` finds the files on the Hub and opens them, there with retries (its own
-iteration costs a millisecond a row group, and reads the footer each time). `open` reads what there is once (footers,
-tar headers, folder listings) and every process of a rank works from that; a file is opened when one of its units is
-read.
+The rows are undecoded: `clean` and `degraded` are the bytes of image files. Parquet, local or on the Hub, goes through
+Hugging Face `datasets`, one row group a unit, page checksums verified. `open` reads what there is once (footers, tar
+headers, folder listings) and every process of a rank works from that; a file is opened when one of its units is read.
 
 What cannot be opened (no files, a damaged footer, halves without a partner, a name twice) is an error at once, since
 without it nobody knows how many rows there are. A unit that turns out unreadable later raises UserError from its first
@@ -16,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -27,7 +25,7 @@ from mcir.data.layouts import IMAGE_SUFFIXES, Pair, pair_folders
 from mcir.errors import UserError
 
 if TYPE_CHECKING:
-    from pyarrow.parquet import FileMetaData
+    from datasets import IterableDataset
 
 ROWS_AT_ONCE = 16
 FILES_IN_A_UNIT = 16
@@ -155,75 +153,92 @@ AnySource = Annotated[ParquetSource | HubSource | FolderSource | TarSource, Fiel
 
 
 def _parquet(files: list[str], name: str) -> Units:
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
     with ThreadPoolExecutor(16) as pool:  # on the Hub a footer is two round trips
         footers = list(pool.map(_footer, files))
-    names = [footer.schema.to_arrow_schema().names for footer in footers]
-    columns = ["key", "clean", *({"degraded"} & set(names[0]))]
-    for file, has in zip(files, names, strict=True):
-        if missing := {"clean", "key"} - set(has):
+    columns = set(footers[0][0])
+    for file, (names, _) in zip(files, footers, strict=True):
+        if missing := {"clean", "key"} - set(names):
             raise UserError(
-                f"{name} has no column {', '.join(sorted(missing))} (it has {', '.join(sorted(has))}); "
+                f"{name} has no column {', '.join(sorted(missing))} (it has {', '.join(sorted(names))}); "
                 "a dataset has `clean`, `key` and, where paired, `degraded`"
             )
-        if ("degraded" in has) != ("degraded" in columns):
+        if ("degraded" in names) != ("degraded" in columns):
             raise UserError(f"{file} and {files[0]} differ in the column degraded; pack all of {name} in one go")
     groups: list[_Group] = []
-    for file, footer in zip(files, footers, strict=True):
+    for i, (_, lengths) in enumerate(footers):
         first = 0
-        for i in range(footer.num_row_groups):
-            groups.append(_Group(file, footer, i, first, footer.row_group(i).num_rows))
-            first += groups[-1].length
+        for j, length in enumerate(lengths):
+            groups.append(_Group(i, j, first, length))
+            first += length
     if not sum(group.length for group in groups):
         raise UserError(f"{name} is empty")
-    return Units(tuple(group.length for group in groups), partial(_read_group, columns, groups))
+    disable_progress_bar()
+    dataset = load_dataset(
+        "parquet",
+        data_files=files,
+        split="train",
+        streaming=True,
+        columns=["key", "clean", "degraded"] if "degraded" in columns else ["key", "clean"],
+        fragment_scan_options=ParquetFragmentScanOptions(page_checksum_verification=True),
+    ).with_format("arrow")  # which leaves the images encoded
+    assert dataset.num_shards == len(files)
+    return Units(tuple(group.length for group in groups), partial(_read_group, dataset, files, groups))
 
 
 @dataclass(frozen=True)
 class _Group:
-    """One row group: its file and the file's footer, its place in it, its first row there and how many there are."""
+    """One row group: its file, its place in it, its first row there and how many there are."""
 
-    file: str
-    footer: "FileMetaData"
+    file: int
     index: int
     first: int
     length: int
 
 
-def _footer(file: str) -> "FileMetaData":
+def _footer(file: str) -> tuple[list[str], list[int]]:
+    """Columns and lengths of the row groups of a Parquet file."""
+    import fsspec
     import pyarrow.parquet as pq
-    from datasets.utils.file_utils import xopen
 
     try:
-        with xopen(file, "rb") as handle:
-            return pq.read_metadata(handle)
+        with fsspec.open(file, "rb") as handle:
+            metadata = pq.read_metadata(handle)
     except Exception as error:
         raise UserError(f"{file} is not a readable Parquet file ({error}); pack the dataset again") from error
+    lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return metadata.schema.to_arrow_schema().names, lengths
 
 
-def _read_group(columns: list[str], groups: list[_Group], unit: int, start: int) -> Iterator[Row]:
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-    from datasets.utils.file_utils import xopen
+@lru_cache(maxsize=512)
+def _row_groups(dataset: "IterableDataset", file: int) -> "IterableDataset":
+    """One file of the dataset with a row group a shard. Resharding opens the files: not all of them in all workers."""
+    return dataset.shard(num_shards=dataset.num_shards, index=file).reshard()
 
+
+def _read_group(
+    dataset: "IterableDataset", files: list[str], groups: list[_Group], unit: int, start: int
+) -> Iterator[Row]:
     group = groups[unit]
+    file = files[group.file]
     number = group.first + start
     try:
-        # Opened anew for each group: a run may have more shards than a process may have open files. The footer is not
-        # read again, which on the Hub is two round trips.
-        with xopen(group.file, "rb") as handle:
-            reader = pq.ParquetFile(handle, metadata=group.footer, pre_buffer=True, page_checksum_verification=True)
-            for table in reader.iter_batches(ROWS_AT_ONCE, [group.index], columns, use_threads=False):
-                keys = table["key"].slice(start).to_pylist()
-                images = [pc.struct_field(table[name].slice(start), "bytes").to_pylist() for name in columns[1:]]
-                for key, clean, *degraded in zip(keys, *images, strict=True):
-                    where = f"{group.file}, row {number} (key {key})"
-                    yield Row(str(key), clean or b"", degraded[0] if degraded else None, where)
-                    number += 1
-                start = max(0, start - len(table))
+        shard = _row_groups(dataset, group.file)
+        shard = shard.shard(num_shards=shard.num_shards, index=group.index)
+        # .iter and not __iter__: the latter would divide the row group among DataLoader workers
+        for table in shard.iter(batch_size=ROWS_AT_ONCE):
+            for row in table.slice(start).to_pylist():
+                clean, degraded = ((row.get(name) or {}).get("bytes") for name in ("clean", "degraded"))
+                yield Row(str(row["key"]), clean or b"", degraded, f"{file}, row {number} (key {row['key']})")
+                number += 1
+            start = max(0, start - len(table))
     except Exception as error:  # the readers below raise OSError, ArrowInvalid, network errors...
         rows = f"rows {group.first} to {group.first + group.length - 1} (row group {group.index})"
         raise UserError(
-            f"{group.file}, {rows} cannot be read: {_first_line(error)}; the file was changed after it was packed, "
+            f"{file}, {rows} cannot be read: {_first_line(error)}; the file was changed after it was packed, "
             "or the disk fails: copy or pack it again"
         ) from error
 
