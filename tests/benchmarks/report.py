@@ -114,7 +114,7 @@ def parameters() -> str:
         rows,
     ) + (
         "\n\nBatch 1, crop 64: a very small step, so the worst case for the update. The plan is that of "
-        "`mcir train --dry-run`; rows without times did not fit this machine."
+        "`mcir train --dry-run`; rows without times were planned only."
     )
 
 
@@ -205,12 +205,12 @@ def contrast() -> str:
 
 
 def data() -> str:
-    return f"```\n{printed('tests.benchmarks.bench_data', '--seconds', '1')}\n```"
+    return "```\n" + printed("tests.benchmarks.bench_data", "--seconds", "1") + "\n```"
 
 
 def printed(module: str, *arguments: str) -> str:
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip("\n")
 
 
 def machine() -> str:
