@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcir.config import validate
@@ -167,6 +168,21 @@ def test_compiled_blocks_train_the_same(tmp_path):
     compiled.fit()
     for (name, a), (_, b) in zip(plain.model.named_parameters(), compiled.model.named_parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.slow
+def test_one_compiled_graph_serves_all_negatives_before_and_after_their_updates(tmp_path):
+    """Two graphs in all: the target's, with gradients, and that of every negative."""
+    for k in (1, 3):
+        torch._dynamo.reset()
+        counters.clear()
+        values = tiny_config(tmp_path, compute={"compile": True})
+        values["objective"]["spn"]["negatives"] = [{"update_every": 2}] * k
+        engine = build_engine(validate(values, "compiled"))
+        batches = iter(engine.loader)
+        for _ in range(5):
+            engine.step([next(batches)])
+        assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_checkpointed_activations_change_nothing_and_are_not_kept(tmp_path):
