@@ -15,6 +15,7 @@ from tests.runs import tiny_config
 
 pytest.importorskip("deepspeed")
 STRATEGIES = ["ddp", "fsdp2", "zero2", "zero3"]
+SHARDED = [name if name in ("fsdp2", "zero3") else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]
 MIDDLE, LAST = "step-00000010", "step-00000020"
 
 
@@ -80,7 +81,7 @@ def test_bf16_is_autocast_over_the_same_fp32_weights(folder, name):
     assert max(abs(a - b) for a, b in zip(exact, rounded, strict=True)) < 2e-3
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", SHARDED)
 def test_resuming_is_exact_to_the_bit(folder, runs, name):
     middle = str(runs[name] / "checkpoints" / MIDDLE)
     arguments = ("train", str(folder / "config.yaml"), f"name=resumed-{name}", "--resume", middle)
@@ -114,7 +115,7 @@ def test_any_strategy_goes_on_from_any_other(folder, runs, written_by, read_by, 
     assert_close(tensors(runs["single"] / "checkpoints" / LAST), got)
 
 
-@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("name", SHARDED)
 def test_inside_the_processes(folder, name):
     """Shards are real, negatives equal on both ranks to the bit at every step; NaN on one rank skips the step
     on both."""
@@ -144,10 +145,7 @@ def test_inside_the_processes(folder, name):
         assert all(record["partitioned"] < 0.6 * total for record in ranks)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2", pytest.param("zero2", marks=pytest.mark.slow), "zero3"],
-)
+@pytest.mark.parametrize("name", SHARDED)
 def test_tied_frozen_and_uneven_parameters_and_running_statistics(tmp_path, name):
     """Negatives follow the rule exactly where parameters are shared, frozen or odd and ranks' statistics differ."""
     script = str(ROOT / "tests" / "distributed" / "inspect_negatives.py")
