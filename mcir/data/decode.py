@@ -1,10 +1,11 @@
 """Bytes of an image file to an RGB tensor, or one sentence that says which row is bad and why.
 
 Every image of every dataset passes through `decode`. Invariants: the header is read and the number of pixels checked
-before anything is decoded; each format goes to the fastest decoder that refuses what is broken: PNG to imagecodecs
-(1.4 times as fast as Pillow, and 1.3 times as torchvision, which a broken stream kills), JPEG and WebP in their common
-forms to torchvision (1.1 to 1.3 times as fast as Pillow), everything else to Pillow; a file that cannot be decoded
-whole is an error, never a half grey picture. (JPEG has no checksum: flipped bits inside one may still pass.)
+before anything is decoded; each format goes to the fastest decoder that refuses what is broken: PNG and WebP to
+imagecodecs (1.5 and 1.1 times as fast as Pillow; torchvision is slower, and a broken PNG kills it), JPEG in its common
+forms to torchvision (1.2 times as fast as Pillow; imagecodecs' takes truncated files), everything else to Pillow; a
+file that cannot be decoded whole is an error, never a half grey picture. (JPEG has no checksum: flipped bits inside one
+may still pass.)
 
 What becomes of what is not 8-bit RGB: grey and palette images are expanded to RGB; alpha is dropped and the colour
 stored under it kept, as the readers of the published code do; CMYK is converted without a colour profile; the EXIF
@@ -19,10 +20,10 @@ from struct import unpack_from
 
 import numpy as np
 import torch
-from imagecodecs import png_decode
+from imagecodecs import png_decode, webp_decode
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, decode_webp
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from mcir.errors import UserError
 
@@ -34,7 +35,7 @@ _ORIENTATION = 0x0112
 logging.getLogger("imagecodecs").setLevel(logging.ERROR)  # it warns of each odd colour profile
 
 
-def decode(data: bytes, where: str) -> Tensor:
+def decode(data: bytes | memoryview, where: str) -> Tensor:
     """An image file's bytes as RGB, (3, H, W): uint8, or float32 in [0, 1] when it stores 16 bits a channel.
 
     The strides are the decoder's. `where` (file, row and column) opens the message of every error.
@@ -53,7 +54,7 @@ def decode(data: bytes, where: str) -> Tensor:
         raise UserError(f"{where}: the {kind} image is truncated or corrupt: {reason}") from error
 
 
-def image_size(data: bytes, where: str) -> tuple[int, int]:
+def image_size(data: bytes | memoryview, where: str) -> tuple[int, int]:
     """(height, width) of what `decode` gives, from the header alone (TIFF apart). Raises UserError as `decode` does."""
     image = _open(data, where)
     try:
@@ -65,7 +66,7 @@ def image_size(data: bytes, where: str) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _open(data: bytes, where: str) -> Image.Image:
+def _open(data: bytes | memoryview, where: str) -> Image.Image:
     if not data:
         raise UserError(f"{where}: the image is empty (0 bytes)")
     try:
@@ -92,7 +93,7 @@ def _orientation(image: Image.Image) -> int:
     return image.getexif().get(_ORIENTATION, 1)
 
 
-def _common(data: bytes) -> tuple[str, int, int]:
+def _common(data: bytes | memoryview) -> tuple[str, int, int]:
     """(format, width, height) where the header is as in nearly all files: PNG of 8 bits without a palette or EXIF data,
     baseline or progressive JPEG in grey or colour, WebP without an extended header. Otherwise, and where anything looks
     odd, ("", 0, 0): Pillow looks closer, which takes it a tenth of the time to decode 256 x 256 pixels."""
@@ -122,16 +123,17 @@ def _common(data: bytes) -> tuple[str, int, int]:
     return (kind, width, height) if width and height else ("", 0, 0)
 
 
-def _decode_common(data: bytes, kind: str) -> Tensor:
+def _decode_common(data: bytes | memoryview, kind: str) -> Tensor:
     if kind == "PNG":
         return _decode_png(data)
     if kind == "JPEG":
         return decode_jpeg(_tensor(data), ImageReadMode.RGB, apply_exif_orientation=True)
-    return decode_webp(_tensor(data), ImageReadMode.RGB)
+    return torch.from_numpy(webp_decode(data, hasalpha=False)).permute(2, 0, 1)  # type: ignore[arg-type]  # any buffer
 
 
-def _decode_png(data: bytes, orientation: int = 1) -> Tensor:
-    pixels = png_decode(data)  # (H, W) or (H, W, C), palettes expanded; checks all CRCs (spng_decode not the last)
+def _decode_png(data: bytes | memoryview, orientation: int = 1) -> Tensor:
+    # (H, W) or (H, W, C), palettes expanded; checks all CRCs (spng_decode not the last)
+    pixels = png_decode(data)  # type: ignore[arg-type]
     height, width = pixels.shape[:2]
     pixels = pixels.reshape(height, width, -1)
     pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, 2)  # the last of 2 or 4 is alpha
@@ -143,7 +145,7 @@ def _decode_png(data: bytes, orientation: int = 1) -> Tensor:
     return torch.from_numpy(turned if orientation == 1 else np.ascontiguousarray(turned)).permute(2, 0, 1)
 
 
-def _decode(data: bytes, image: Image.Image) -> Tensor:
+def _decode(data: bytes | memoryview, image: Image.Image) -> Tensor:
     if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
         return _decode_common(data, "JPEG")
     if image.format == "WEBP" and not getattr(image, "is_animated", False) and _orientation(image) == 1:
@@ -164,5 +166,5 @@ with warnings.catch_warnings():  # torch warns of read-only memory, once in a pr
     torch.frombuffer(b"0", dtype=torch.uint8)
 
 
-def _tensor(data: bytes) -> Tensor:
+def _tensor(data: bytes | memoryview) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8)

@@ -8,16 +8,18 @@ The position is the number of samples that all ranks together have taken: all a 
 import atexit
 import ctypes
 import logging
+import math
 import multiprocessing
 import signal
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import cycle, islice, repeat
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
@@ -26,12 +28,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mcir.data.degrade import AnyDegradation
 from mcir.data.order import Mixture, Order
 from mcir.data.sources import AnySource, Row, Units
-from mcir.data.transforms import Augment, training_pair
+from mcir.data.transforms import Augment, Pixels, training_pair
 from mcir.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -80,31 +82,57 @@ class _Failure:
     message: str
 
 
-_Sample = tuple[str, Tensor, Tensor]
+_Sample = tuple[str, Pixels, Pixels]
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some samples of one worker, in order: a key or a failure each. The images of the keys are stacked where they can
-    be: a tensor less is a file descriptor less to send."""
+    """Some samples of one worker, in order: a key or a failure each. Images of 8 bits lie in `slot` of its memory, by
+    the sample's place among these; others come along."""
 
     labels: list[str | _Failure]
-    degraded: Tensor | list[Tensor]
-    clean: Tensor | list[Tensor]
+    slot: int
+    others: dict[int, tuple[Pixels, Pixels]]
 
-    @classmethod
-    def of(cls, samples: list[_Sample | _Failure]) -> "_Chunk":
-        good = [sample for sample in samples if not isinstance(sample, _Failure)]
-        labels = [sample if isinstance(sample, _Failure) else sample[0] for sample in samples]
-        degraded, clean = [sample[1] for sample in good], [sample[2] for sample in good]
-        if len({image.dtype for image in degraded + clean}) == 1:  # not some of 8 and some of 16 bits
-            return cls(labels, torch.stack(degraded), torch.stack(clean))
-        return cls(labels, degraded, clean)
 
-    def samples(self) -> Iterator[_Sample | _Failure]:
-        images = zip(self.degraded, self.clean, strict=True)
-        for label in self.labels:
-            yield label if isinstance(label, _Failure) else (label, *next(images))
+class _Memory:
+    """What the workers hand images over in, shared: `clean[worker, slot, place]` and `degraded` alike. It stays for as
+    long as they do; memory sent with each batch would be mapped, zeroed and unmapped each time."""
+
+    def __init__(self, num_workers: int, num_slots: int, chunk: int, crop_size: int, scale: int) -> None:
+        self.num_slots = num_slots
+        sides = crop_size // scale, crop_size
+        shapes = [(num_workers, num_slots, chunk, 3, side, side) for side in sides]
+        try:
+            self.degraded, self.clean = (torch.empty(shape, dtype=torch.uint8).share_memory_() for shape in shapes)
+        except RuntimeError as error:
+            size = -(-sum(math.prod(shape) for shape in shapes) // 2**20)
+            raise UserError(
+                f"data.num_workers: the {num_workers} workers of a rank need {size} MiB of /dev/shm, which has less; "
+                "enlarge it (docker run --shm-size) or take fewer workers"
+            ) from error
+
+    def store(self, worker: int, slot: int, samples: Iterable[_Sample | _Failure]) -> _Chunk:
+        chunk = _Chunk([], slot, {})
+        places = zip(self.degraded[worker, slot].numpy(), self.clean[worker, slot].numpy(), strict=True)
+        for i, (sample, place) in enumerate(zip(samples, places, strict=True)):
+            if isinstance(sample, _Failure):
+                chunk.labels.append(sample)
+                continue
+            key, *images = sample
+            chunk.labels.append(key)
+            if all(image.dtype == np.uint8 for image in images):
+                for memory, image in zip(place, images, strict=True):
+                    memory[...] = image
+            else:
+                chunk.others[i] = images[0], images[1]
+        return chunk
+
+    def load(self, worker: int, chunk: _Chunk) -> Iterator[_Sample | _Failure]:
+        """The images are views, and the worker writes there again when it comes back to this slot."""
+        places = zip(self.degraded[worker, chunk.slot].numpy(), self.clean[worker, chunk.slot].numpy(), strict=True)
+        for i, (label, place) in enumerate(zip(chunk.labels, places, strict=True)):
+            yield label if isinstance(label, _Failure) else (label, *chunk.others.get(i, place))
 
 
 class _SampleStream(IterableDataset):
@@ -118,13 +146,15 @@ class _SampleStream(IterableDataset):
         except ValueError as error:
             raise UserError(f"data.train: {error}") from error
         self.units = [train.source.open() for train in data.train]  # once, for all workers
+        self.memory: _Memory | None = None
 
     def __iter__(self) -> Iterator[_Chunk]:
         worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        samples = self.samples(self.position + first * self.stride, step * self.stride)
-        while True:
-            yield _Chunk.of(list(islice(samples, self.chunk)))
+        assert worker is not None
+        assert self.memory is not None
+        samples = self.samples(self.position + worker.id * self.stride, worker.num_workers * self.stride)
+        for slot in cycle(range(self.memory.num_slots)):
+            yield self.memory.store(worker.id, slot, islice(samples, self.chunk))
 
     def samples(self, position: int, stride: int) -> Iterator[_Sample | _Failure]:
         """The samples at `position`, `position + stride`, ..."""
@@ -248,29 +278,39 @@ class Loader:
         stream = _SampleStream(self.data, self.scale, self.seed, position, self.world_size, chunk)
         if not num_workers:
             yield from stream.samples(position, self.world_size)
+        ahead = max(2, -(-2 * batch_size // (num_workers * chunk)))
+        # A batch may hold views of three chunks of a worker, and the worker be `ahead` chunks further.
+        memory = stream.memory = _Memory(num_workers, ahead + 3, chunk, self.data.crop_size, self.scale)
         chunks = iter(
             DataLoader(
                 stream,
                 batch_size=None,  # a worker yields chunks of its own, not batches: so it reads its own lanes alone
                 num_workers=num_workers,
-                prefetch_factor=max(2, -(-2 * batch_size // (num_workers * chunk))),
+                prefetch_factor=ahead,
                 collate_fn=_as_it_is,
                 worker_init_fn=_start_worker,
             )
         )
         while True:  # the DataLoader asks its workers in turn
-            turns = [next(chunks).samples() for _ in range(num_workers)]
+            turns = [memory.load(worker, next(chunks)) for worker in range(num_workers)]
             for _ in range(chunk):
                 yield from map(next, turns)
 
-    def _to_device(self, images: tuple[Tensor, ...]) -> Tensor:
-        if len({image.dtype for image in images}) > 1:  # 8 and 16 bit files in one batch
-            images = tuple(to_float(image) for image in images)
-        batch = torch.stack(images)
+    def _to_device(self, images: tuple[Pixels, ...]) -> Tensor:
+        as_bytes = self._copies is not None and all(image.dtype == np.uint8 for image in images)
+        batch = torch.empty(
+            (len(images), *images[0].shape),
+            dtype=torch.uint8 if as_bytes else torch.float32,
+            pin_memory=self._copies is not None,
+        )
+        for place, image in zip(batch, images, strict=True):  # one by one they stay in the cache
+            place.copy_(torch.from_numpy(np.ascontiguousarray(image)))
+            if image.dtype == np.uint8 and not as_bytes:
+                place.div_(255)
         if self._copies is None:
-            return to_float(batch)
+            return batch
         with torch.cuda.stream(self._copies):  # beside the step that the device is still busy with
-            batch = to_float(batch.pin_memory().to(self.device, non_blocking=True))
+            batch = to_float(batch.to(self.device, non_blocking=True))
         step = torch.cuda.current_stream(self.device)
         step.wait_stream(self._copies)
         batch.record_stream(step)
@@ -294,12 +334,15 @@ def _start_worker(worker: int) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc reuse the memory of an image for the next one. Left alone it hands it back to the system time and
-    again, which then zeroes other pages: up to a fifth of the time of decoding a JPEG."""
+    """Have glibc reuse the memory of an image or of a row group for the next one. Left alone, it and Arrow's allocator
+    hand it back to the system time and again, which then zeroes other pages: up to a fifth of the time of decoding a
+    JPEG."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, 2**28)
         mallopt(_M_MMAP_THRESHOLD, 2**25)
+        mallopt(_M_ARENA_MAX, 1)  # threads that read row groups share this memory, too
+        pa.set_memory_pool(pa.system_memory_pool())
 
 
 @atexit.register

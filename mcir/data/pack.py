@@ -38,8 +38,9 @@ from mcir.data.degrade import AnyDegradation
 from mcir.data.layouts import Pair, Pairs
 from mcir.errors import UserError
 
-ROW_GROUP_BYTES = 4 * 2**20
-"""A row group ends with the row that passes this: what a reader holds in memory at once, and its unit of work."""
+ROW_GROUP_BYTES = 16 * 2**20
+"""A row group ends with the row that passes this: what a reader holds in memory at once, and its unit of work. Opening
+one costs `datasets` about 2 ms, a tenth of the time of decoding the JPEGs in 4 MiB."""
 
 _SPOOL = ".spool"
 _STATE = ".pack.json"

@@ -25,6 +25,7 @@ from mcir.data.layouts import IMAGE_SUFFIXES, Pair, pair_folders
 from mcir.errors import UserError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import IterableDataset
 
 ROWS_AT_ONCE = 16
@@ -36,8 +37,8 @@ class Row:
     """One undecoded sample. `where` names it in messages."""
 
     key: str
-    clean: bytes
-    degraded: bytes | None
+    clean: bytes | memoryview
+    degraded: bytes | memoryview | None
     where: str
 
 
@@ -182,7 +183,7 @@ def _parquet(files: list[str], name: str) -> Units:
         data_files=files,
         split="train",
         streaming=True,
-        columns=["key", "clean", "degraded"] if "degraded" in columns else ["key", "clean"],
+        columns=[name for name in footers[0][0] if name in ("key", "clean", "degraded")],  # as stored: spares a copy
         fragment_scan_options=ParquetFragmentScanOptions(page_checksum_verification=True),
     ).with_format("arrow")  # which leaves the images encoded
     assert dataset.num_shards == len(files)
@@ -229,10 +230,11 @@ def _read_group(
         shard = _row_groups(dataset, group.file)
         shard = shard.shard(num_shards=shard.num_shards, index=group.index)
         # .iter and not __iter__: the latter would divide the row group among DataLoader workers
-        for table in shard.iter(batch_size=ROWS_AT_ONCE):
-            for row in table.slice(start).to_pylist():
-                clean, degraded = ((row.get(name) or {}).get("bytes") for name in ("clean", "degraded"))
-                yield Row(str(row["key"]), clean or b"", degraded, f"{file}, row {number} (key {row['key']})")
+        for table in shard.iter(batch_size=group.length):
+            rows = table.slice(start)
+            clean, degraded = (_bytes(rows, name) for name in ("clean", "degraded"))
+            for i, key in enumerate(rows["key"].to_pylist()):
+                yield Row(str(key), clean[i] or b"", degraded[i], f"{file}, row {number} (key {key})")
                 number += 1
             start = max(0, start - len(table))
     except Exception as error:  # the readers below raise OSError, ArrowInvalid, network errors...
@@ -241,6 +243,16 @@ def _read_group(
             f"{file}, {rows} cannot be read: {_first_line(error)}; the file was changed after it was packed, "
             "or the disk fails: copy or pack it again"
         ) from error
+
+
+def _bytes(table: "pa.Table", column: str) -> list[memoryview | None]:
+    """The image files of a column, which are not copied: its memory lives until the last of them is gone."""
+    import pyarrow.compute as pc
+
+    if column not in table.column_names:
+        return [None] * len(table)
+    files = pc.struct_field(table[column], "bytes")
+    return [memoryview(file.as_buffer()).cast("B") if file.is_valid else None for file in files]
 
 
 def _read_files(pairs: tuple[Pair, ...], unit: int, start: int) -> Iterator[Row]:

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.bench_data [--photographs FOLDER] [--seconds 2] [--rounds 3] [--workers 0 1 2]
 
-Pairs of 480 pixels (the pieces that DIV2K is trained in) are packed as PNG, JPEG, WebP (lossless) and uncompressed PNG
-("raw"); every way delivers crops of 192 pixels in batches. The ways take turns, and of each the fastest of `rounds`
-counts, so the ratios hold on a busy machine too. Images/s count decoded images, two a sample. Target: at least 0.9 of
-the decoder's own rate at equal cores and at least 1.3 times the folder loop.
+Pairs of 480 pixels (the pieces that DIV2K is trained in) are packed as `mcir data pack` does, as PNG, JPEG, WebP, WebP
+without loss and uncompressed PNG ("raw"); every way delivers crops of 192 pixels in batches. The ways take turns, and
+of each the fastest of `rounds` counts, so the ratios hold on a busy machine too. Images/s count decoded images, two a
+sample. Target: at least 0.9 of the decoder's own rate at equal cores and at least 1.3 times the folder loop.
 
 The second table is about the order, for datasets of 16 to 1536 row groups of 12 to 20 rows:
 - shuffle: how far apart, in samples, rows land that were packed side by side, as a share of the epoch (1/3 where the
@@ -15,7 +15,6 @@ The second table is about the order, for datasets of 16 to 1536 row groups of 12
 """
 
 import argparse
-import io
 import itertools
 import tempfile
 import time
@@ -23,32 +22,34 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from imagecodecs import png_decode
+from imagecodecs import png_decode, webp_decode
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torchvision.io import decode_jpeg, decode_webp
+from torchvision.io import decode_jpeg
 from torchvision.transforms.functional import crop, hflip, to_tensor
 
+from mcir.data.layouts import pair_folders
 from mcir.data.loader import DataConfig, Loader, _Stream
 from mcir.data.order import Order
+from mcir.data.pack import ROW_GROUP_BYTES, Options, pack
 from mcir.data.sources import Row, Units
 
-SIDE, CROP, BATCH, NUM_PAIRS = 480, 192, 16, 64
+SIDE, CROP, BATCH = 480, 192, 16
 BUFFER, WORLD_SIZES = 1024, (1, 2, 4, 8)
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "png": ("PNG", {}),
     "jpeg": ("JPEG", {"quality": 95}),
-    "webp": ("WEBP", {"lossless": True}),
+    "webp": ("WEBP", {"quality": 95}),
+    "lossless webp": ("WEBP", {"lossless": True}),
     "raw": ("PNG", {"compress_level": 0}),
 }
 DECODERS: dict[str, Callable[[bytes], object]] = {  # those of mcir.data.decode
     "png": png_decode,
     "jpeg": lambda data: decode_jpeg(torch.frombuffer(data, dtype=torch.uint8)),
-    "webp": lambda data: decode_webp(torch.frombuffer(data, dtype=torch.uint8)),
+    "webp": webp_decode,
+    "lossless webp": webp_decode,
     "raw": png_decode,
 }
 
@@ -71,27 +72,20 @@ def pictures(folder: Path | None) -> Iterator[Image.Image]:
 
 
 def write(root: Path, kind: str, source: Iterator[Image.Image]) -> None:
-    """The same pairs as shards of row groups of 16 rows and as two folders."""
+    """The same pairs as two folders and as shards, with enough row groups for each of two workers to have its own."""
     suffix, options = KINDS[kind]
-
-    def encode(image: Image.Image) -> bytes:
-        stream = io.BytesIO()
-        image.save(stream, suffix, **options)
-        return stream.getvalue()
-
-    for name in ("clean", "degraded"):
-        (root / kind / name).mkdir(parents=True)
-    rows = []
-    for i in range(NUM_PAIRS):
-        row = {name: encode(next(source)) for name in ("clean", "degraded")}
-        for name, data in row.items():
-            (root / kind / name / f"{i:05}.{suffix.lower()}").write_bytes(data)
-        rows.append({"key": f"{i:05}"} | {name: {"bytes": data, "path": None} for name, data in row.items()})
-    (root / kind / "shards").mkdir()
-    for shard, part in enumerate(np.array_split(np.arange(NUM_PAIRS), 4)):
-        table = pa.Table.from_pylist([rows[i] for i in part])
-        path = root / kind / "shards" / f"{shard}.parquet"
-        pq.write_table(table, path, row_group_size=16, compression="none", use_dictionary=False)
+    folders = [root / kind / name for name in ("clean", "degraded")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    num_bytes = 0
+    for i in itertools.count():
+        for folder in folders:
+            file = folder / f"{i:05}.{suffix.lower()}"
+            next(source).save(file, suffix, **options)
+            num_bytes += file.stat().st_size
+        if num_bytes > 9 * ROW_GROUP_BYTES:
+            break
+    pack(pair_folders(*folders), root / kind / "shards", Options())
 
 
 class Folders(Dataset):
@@ -154,7 +148,7 @@ def ways(root: Path, kind: str, num_workers: int) -> dict[str, Callable[[], Iter
 
 
 def speed(root: Path, args: argparse.Namespace) -> None:
-    print(f"{'':6} workers {'mcir':>7} {'folder':>7} {'decoder':>7}  images/s   mcir/folder  mcir/decoder")
+    print(f"{'':13} workers {'mcir':>7} {'folder':>7} {'decoder':>7}  images/s   mcir/folder  mcir/decoder")
     source = pictures(args.photographs)
     for kind in args.kinds:
         write(root, kind, source)
@@ -167,7 +161,7 @@ def speed(root: Path, args: argparse.Namespace) -> None:
                     del batches  # ends its workers
             mcir, folder, decoder = best["mcir"], best["folder"], best["decoder"]
             print(
-                f"{kind:6} {num_workers:7} {mcir:7.0f} {folder:7.0f} {decoder:7.0f}"
+                f"{kind:13} {num_workers:7} {mcir:7.0f} {folder:7.0f} {decoder:7.0f}"
                 f"{mcir / folder:22.2f} {mcir / decoder:13.2f}",
                 flush=True,
             )
