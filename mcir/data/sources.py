@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import IterableDataset
 
-ROWS_AT_ONCE = 16
 FILES_IN_A_UNIT = 16
 
 

@@ -1,13 +1,18 @@
+import io
 import itertools
+import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from contextlib import closing
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from mcir.config import validate
 from mcir.data.loader import DataConfig, Loader
@@ -98,9 +103,72 @@ def test_a_mixture_draws_from_all_sources(folder, tmp_path):
     assert samples(data, 4, world_size=2, position=6 * 12) == expected[6 * 12 :]
 
 
-def test_flips_as_idt_draws_them(folder):
-    data = config(folder, augment="flips")
-    assert len(samples(data, 3)) == 36
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 2), (5, 3), (12, 2)])
+def test_workers_write_nowhere_that_is_still_read(folder, batch_size, num_workers):
+    """The images of a batch are views until they are copied, and the workers run ahead as far as they may."""
+    expected, ahead = (loader(config(folder, num_workers=n), batch_size)._samples(batch_size) for n in (0, num_workers))
+    with closing(ahead):
+        for _ in range(12):
+            batch = list(itertools.islice(ahead, batch_size))
+            time.sleep(0.1)
+            for (key, *images), (other, *others) in zip(itertools.islice(expected, batch_size), batch, strict=True):
+                assert key == other
+                assert all(map(np.array_equal, images, others))
+
+
+def test_images_of_16_bits_among_those_of_8(tmp_path):
+    grey = io.BytesIO()
+    Image.fromarray(np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64).save(grey, "PNG")
+    data = broken(tmp_path, grey.getvalue())  # beside a black one
+    for num_workers in (0, 1):
+        batch = next(iter(loader(config(data, num_workers=num_workers, augment="none", crop_size=32), batch_size=2)))
+        deep, black = batch.key.index("b"), batch.key.index("a")
+        expected = torch.arange(32 * 32).reshape(32, 32) * 64 / 65535
+        torch.testing.assert_close(batch.clean[deep], expected.expand(3, -1, -1))
+        assert not batch.clean[black].any()
+
+
+def test_augmentations_are_those_of_their_group(tmp_path):
+    """One picture without symmetry: which of its 8 positions come, and how often."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    columns = {"key": [f"{i}" for i in range(800)], "clean": [{"bytes": png(pixels), "path": None}] * 800}
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet")
+    whole = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    turned = {  # (transposed, upside down, mirrored)
+        (t, v, h): torch.flip(whole, [d for d, flip in ((1, v), (2, h)) if flip]).transpose(1, 1 + t)
+        for t, v, h in itertools.product((0, 1), repeat=3)
+    }
+    shares = {
+        "none": {(0, 0, 0): 1},
+        "hflip": {(0, 0, 0): 1 / 2, (0, 0, 1): 1 / 2},
+        "flips": {(0, 0, 0): 1 / 2, (0, 0, 1): 1 / 4, (0, 1, 0): 1 / 4},
+        "dihedral": dict.fromkeys(turned, 1 / 8),
+    }
+    for augment, expected in shares.items():
+        batch = next(iter(loader(config(tmp_path, augment=augment), batch_size=800)))
+        seen = Counter(next(k for k, v in turned.items() if torch.allclose(v, image)) for image in batch.clean)
+        assert seen.keys() == expected.keys()
+        for position, share in expected.items():  # within 5 standard deviations
+            assert abs(seen[position] - 800 * share) <= 5 * (800 * share * (1 - share)) ** 0.5
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small /dev/shm takes root")
+def test_too_little_shared_memory_is_said_at_the_start(folder):
+    code = (
+        "import sys\nfrom mcir.data.loader import DataConfig, Loader\nfrom mcir.errors import UserError\n"
+        "data = DataConfig.model_validate_json(sys.argv[1])\n"
+        "try:\n    next(iter(Loader(data, scale=2, batch_size=600, seed=0)))\n"
+        "except UserError as error:\n    print(error)"
+    )
+    data = config(folder, num_workers=2).model_dump_json()
+    mount = 'mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 9; exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, "-c", code, data]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if process.returncode == 9 or "unshare failed" in process.stderr:
+        pytest.skip("a mount namespace of its own is not allowed here")
+    assert process.stdout.startswith(
+        "data.num_workers: the 2 workers of a rank need 3 MiB of /dev/shm, which has less;"
+    )
 
 
 def broken(folder, clean: bytes, degraded: bytes | None = None):
