@@ -1,11 +1,15 @@
 """Bytes of an image file to an RGB tensor, or one sentence that says which row is bad and why.
 
 Every image of every dataset passes through `decode`. Invariants: the header is read and the number of pixels checked
-before anything is decoded; each format goes to the fastest decoder that refuses what is broken: PNG and WebP to
-imagecodecs (1.5 and 1.1 times as fast as Pillow; torchvision is slower, and a broken PNG kills it), JPEG in its common
-forms to torchvision (1.2 times as fast as Pillow; imagecodecs' takes truncated files), everything else to Pillow; a
-file that cannot be decoded whole is an error, never a half grey picture. (JPEG has no checksum: flipped bits inside one
-may still pass.)
+before anything is decoded; each format goes to the fastest decoder: PNG and WebP to imagecodecs (1.5 and 1.1 times as
+fast as Pillow; torchvision is slower, and a broken PNG kills it), JPEG in its common forms to simplejpeg (1.3 times as
+fast as Pillow), everything else to Pillow; a file that cannot be decoded whole is an error, never a half grey picture.
+(JPEG has no checksum: flipped bits inside one may still pass.)
+
+A crop needs no row below it, and decoders read from the top and stop at the height that the header names. So where
+only the rows above `bottom` are wanted, PNG without interlacing, JPEG and lossy WebP are decoded from a copy whose
+header names no more than these and the few below that theirs depend on: the same pixels, sooner. What decoders would
+have found out at the end of the file is checked beforehand.
 
 What becomes of what is not 8-bit RGB: grey and palette images are expanded to RGB; alpha is dropped and the colour
 stored under it kept, as the readers of the published code do; CMYK is converted without a colour profile; the EXIF
@@ -14,16 +18,17 @@ orientation is applied; of an animation the first frame is taken; 16-bit images 
 
 import io
 import logging
-import re
-import warnings
+from dataclasses import dataclass
 from struct import unpack_from
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from imagecodecs import png_decode, webp_decode
+from imagecodecs import png_decode, spng_decode, webp_decode, zlibng_crc32
 from PIL import Image, ImageOps, UnidentifiedImageError
+from simplejpeg import decode_jpeg
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from mcir.errors import UserError
 
@@ -32,30 +37,48 @@ MAX_PIXELS = 89_478_485
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # no format that runs code
 _ORIENTATION = 0x0112
+_ROWS_BELOW = {"PNG": 0, "JPEG": 2, "WEBP": 16}
+"""that the last row wanted depends on: the chroma sample below it; with WebP's loop filter a whole macroblock."""
 logging.getLogger("imagecodecs").setLevel(logging.ERROR)  # it warns of each odd colour profile
 
 
-def decode(data: bytes | memoryview, where: str) -> Tensor:
+@dataclass(frozen=True)
+class _Header:
+    kind: str
+    height: int
+    width: int
+    height_at: int | None
+    """Where the file names its height, if naming less makes its decoder stop there."""
+
+
+def decode(data: bytes | memoryview, where: str, bottom: int | None = None) -> Tensor:
     """An image file's bytes as RGB, (3, H, W): uint8, or float32 in [0, 1] when it stores 16 bits a channel.
 
-    The strides are the decoder's. `where` (file, row and column) opens the message of every error.
+    Of the rows from `bottom` on any number may be missing. The strides are the decoder's. `where` (file, row and
+    column) opens the message of every error.
 
     Raises UserError: no bytes, not an image, truncated or corrupt, more than MAX_PIXELS, 32 bits a channel.
     """
-    kind, width, height = _common(data)
-    image = None if kind else _open(data, where)
-    if width * height > MAX_PIXELS:
+    header = _common(data)
+    image = None if header else _open(data, where)
+    if header and header.height * header.width > MAX_PIXELS:
         raise _too_large(where)
     try:
-        return _decode_common(data, kind) if image is None else _decode(data, image)
+        if header:
+            return _rgb(_decode_common(data, header, header.height if bottom is None else bottom))
+        assert image is not None
+        return _decode(data, image)
     except Exception as error:  # decoders raise whatever they like on bad bytes: RuntimeError, OSError, SyntaxError...
-        reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).partition("\n")[0]) or type(error).__name__
-        kind = kind if image is None else str(image.format)
-        raise UserError(f"{where}: the {kind} image is truncated or corrupt: {reason}") from error
+        kind = header.kind if header else image and image.format
+        raise UserError(f"{where}: the {kind} image is truncated or corrupt: {_first_line(error)}") from error
 
 
 def image_size(data: bytes | memoryview, where: str) -> tuple[int, int]:
     """(height, width) of what `decode` gives, from the header alone (TIFF apart). Raises UserError as `decode` does."""
+    if header := _common(data):
+        if header.height * header.width > MAX_PIXELS:
+            raise _too_large(where)
+        return header.height, header.width
     image = _open(data, where)
     try:
         if image.format == "TIFF":
@@ -93,47 +116,101 @@ def _orientation(image: Image.Image) -> int:
     return image.getexif().get(_ORIENTATION, 1)
 
 
-def _common(data: bytes | memoryview) -> tuple[str, int, int]:
-    """(format, width, height) where the header is as in nearly all files: PNG of 8 bits without a palette or EXIF data,
-    baseline or progressive JPEG in grey or colour, WebP without an extended header. Otherwise, and where anything looks
-    odd, ("", 0, 0): Pillow looks closer, which takes it a tenth of the time to decode 256 x 256 pixels."""
-    width = height = 0
-    kind = ""
+def _common(data: bytes | memoryview) -> _Header | None:
+    """The header where it is as in nearly all files: PNG of 8 bits without a palette, baseline or progressive JPEG in
+    grey or colour, WebP without an extended header, none with EXIF data. Otherwise, and where anything looks odd, None:
+    Pillow looks closer, which takes it a tenth of the time to decode 256 x 256 pixels."""
+    header = None
     if data[:16] == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" and len(data) > 28:
         if data[24] == 8 and data[25] in (0, 2, 6) and data[26:28] == b"\0\0" and data[28] in (0, 1):
             start = 33  # of a chunk; EXIF data counts where it stands before the pixels
             while data[start + 4 : start + 8] not in (b"IDAT", b"eXIf", b""):
                 start += 12 + int.from_bytes(data[start : start + 4])
             if data[start + 4 : start + 8] == b"IDAT":
-                kind, (width, height) = "PNG", unpack_from(">II", data, 16)
+                width, height = unpack_from(">II", data, 16)
+                header = _Header("PNG", height, width, None if data[28] else 20)
     elif data[:3] == b"\xff\xd8\xff":
         start = 2  # of a segment; the one wanted (SOF0 to SOF2) holds the bits, the size and the number of channels
         while start + 10 <= len(data) and data[start] == 0xFF and 0xC0 <= data[start + 1] != 0xDA:
             if data[start + 1] <= 0xC2:
                 if data[start + 4] == 8 and data[start + 9] in (1, 3):
-                    kind, (height, width) = "JPEG", unpack_from(">HH", data, start + 5)
+                    height, width = unpack_from(">HH", data, start + 5)
+                    header = _Header("JPEG", height, width, start + 5)
+                break
+            if data[start + 1] == 0xE1 and data[start + 4 : start + 8] == b"Exif":
                 break
             start += 2 + int.from_bytes(data[start + 2 : start + 4])
     elif data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") == len(data) - 8 > 22:
         if data[8:16] == b"WEBPVP8L" and data[20] == 0x2F:
             bits = int.from_bytes(data[21:25], "little")
-            kind, width, height = "WEBP", (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+            header = _Header("WEBP", (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1, None)
         elif data[8:16] == b"WEBPVP8 " and data[23:26] == b"\x9d\x01\x2a":
-            kind, (width, height) = "WEBP", (side & 0x3FFF for side in unpack_from("<HH", data, 26))
-    return (kind, width, height) if width and height else ("", 0, 0)
+            width, height = (side & 0x3FFF for side in unpack_from("<HH", data, 26))  # the other 2 bits: ignored by all
+            header = _Header("WEBP", height, width, 28)
+    return header if header and header.width and header.height else None
 
 
-def _decode_common(data: bytes | memoryview, kind: str) -> Tensor:
-    if kind == "PNG":
-        return _decode_png(data)
-    if kind == "JPEG":
-        return decode_jpeg(_tensor(data), ImageReadMode.RGB, apply_exif_orientation=True)
-    return torch.from_numpy(webp_decode(data, hasalpha=False)).permute(2, 0, 1)  # type: ignore[arg-type]  # any buffer
+def _decode_common(data: bytes | memoryview, header: _Header, bottom: int) -> npt.NDArray[Any]:
+    """The pixels, at least those above `bottom`."""
+    rows = bottom + _ROWS_BELOW[header.kind]
+    if header.height_at is None or rows >= header.height:
+        return _DECODERS[header.kind](data)
+    shortened = bytearray(data)
+    if header.kind == "PNG":
+        _check_chunks(data)
+        shortened[20:24] = rows.to_bytes(4)
+        shortened[29:33] = zlibng_crc32(shortened[12:29]).to_bytes(4)
+        return spng_decode(shortened)  # libpng would inflate the rows that are left
+    size = slice(header.height_at, header.height_at + 2)
+    shortened[size] = rows.to_bytes(2, "little" if header.kind == "WEBP" else "big")
+    return _DECODERS[header.kind](shortened)
 
 
-def _decode_png(data: bytes | memoryview, orientation: int = 1) -> Tensor:
-    # (H, W) or (H, W, C), palettes expanded; checks all CRCs (spng_decode not the last)
-    pixels = png_decode(data)  # type: ignore[arg-type]
+def _check_chunks(png: bytes | memoryview) -> None:
+    """ValueError where one is missing or was changed."""
+    start = 8
+    while png[start + 4 : start + 8] != b"IEND":
+        end = start + 12 + int.from_bytes(png[start : start + 4])
+        if end > len(png):
+            raise ValueError("it ends early")
+        if zlibng_crc32(png[start + 4 : end - 4]) != int.from_bytes(png[end - 4 : end]):  # type: ignore[arg-type]
+            raise ValueError("a checksum is wrong")
+        start = end
+
+
+def _decode_png(data: bytes | memoryview | bytearray) -> npt.NDArray[Any]:
+    return png_decode(data)  # type: ignore[arg-type]  # any buffer; palettes expanded; checks all CRCs
+
+
+def _decode_jpeg(data: bytes | memoryview | bytearray) -> npt.NDArray[Any]:
+    if data[-2:] != b"\xff\xd9" and b"\xff\xd9" not in bytes(data[2:]):
+        raise ValueError("it ends before its last marker")
+    return decode_jpeg(data, "RGB", strict=False)  # strict: no warnings, such as of what follows the last row
+
+
+def _decode_webp(data: bytes | memoryview | bytearray) -> npt.NDArray[Any]:
+    return webp_decode(data, hasalpha=False)  # type: ignore[arg-type]  # any buffer
+
+
+_DECODERS = {"PNG": _decode_png, "JPEG": _decode_jpeg, "WEBP": _decode_webp}
+
+
+def _decode(data: bytes | memoryview, image: Image.Image) -> Tensor:
+    kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with a thumbnail behind it
+    if (
+        kind == "PNG"
+        or (kind == "JPEG" and image.mode in ("RGB", "L"))
+        or (kind == "WEBP" and not getattr(image, "is_animated", False))
+    ):
+        return _rgb(_DECODERS[kind](data), _orientation(image))
+    if image.mode in ("I", "F"):
+        raise ValueError("it stores 32 bits a channel; save it with 8 or 16")
+    image = ImageOps.exif_transpose(image)
+    return _rgb(np.array(image if image.mode.startswith("I;16") else image.convert("RGB")))
+
+
+def _rgb(pixels: npt.NDArray[Any], orientation: int = 1) -> Tensor:
+    """(H, W) or (H, W, C) as stored, uint8 or uint16, to (3, H, W) as shown, uint8 or float32."""
     height, width = pixels.shape[:2]
     pixels = pixels.reshape(height, width, -1)
     pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, 2)  # the last of 2 or 4 is alpha
@@ -142,29 +219,8 @@ def _decode_png(data: bytes | memoryview, orientation: int = 1) -> Tensor:
     turned = pixels[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
     if turned.dtype == np.uint16:
         turned = turned.astype(np.float32) / 65535
-    return torch.from_numpy(turned if orientation == 1 else np.ascontiguousarray(turned)).permute(2, 0, 1)
+    return torch.from_numpy(turned if orientation == 1 else turned.copy()).permute(2, 0, 1)
 
 
-def _decode(data: bytes | memoryview, image: Image.Image) -> Tensor:
-    if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-        return _decode_common(data, "JPEG")
-    if image.format == "WEBP" and not getattr(image, "is_animated", False) and _orientation(image) == 1:
-        return _decode_common(data, "WEBP")
-    if image.format == "PNG":
-        return _decode_png(data, _orientation(image))
-    if image.mode in ("I", "F"):
-        raise ValueError("it stores 32 bits a channel; save it with 8 or 16")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        grey = torch.from_numpy(np.array(image, dtype=np.float32) / 65535)
-        return grey.expand(3, -1, -1).contiguous()
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-
-
-with warnings.catch_warnings():  # torch warns of read-only memory, once in a process; nothing writes to these bytes
-    warnings.simplefilter("ignore")
-    torch.frombuffer(b"0", dtype=torch.uint8)
-
-
-def _tensor(data: bytes | memoryview) -> Tensor:
-    return torch.frombuffer(data, dtype=torch.uint8)
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -8,9 +8,10 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from mcir.data.decode import decode
+from mcir.data.decode import decode, image_size
 from mcir.data.degrade import AnyDegradation, Bicubic
 from mcir.data.resize import imresize_crop
 from mcir.data.sources import Row
@@ -26,12 +27,12 @@ def validation_pair(
     row: Row, scale: int, degradation: AnyDegradation | None, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
     """(degraded, clean), whole; clean is cropped at the bottom and right to a multiple of `scale`."""
-    clean, degraded = _decode(row, scale, degradation)
-    if degraded is None:
-        assert degradation is not None
-        clean = clean[:, : clean.shape[1] // scale * scale, : clean.shape[2] // scale * scale]
-        degraded = degradation(clean, rng)
-    return degraded, clean
+    height, width = _degraded_size(row, scale, degradation)
+    clean = decode(row.clean, f"{row.where}, clean")[:, : height * scale, : width * scale]
+    if row.degraded is not None:
+        return decode(row.degraded, f"{row.where}, degraded"), clean
+    assert degradation is not None
+    return degradation(clean, rng), clean
 
 
 def training_pair(
@@ -39,47 +40,55 @@ def training_pair(
 ) -> tuple[Pixels, Pixels]:
     """(degraded, clean): the same random window of both, clean `crop_size` pixels square, degraded crop_size / scale.
 
-    Flipped and turned by their strides: the caller's copy of them is the only one.
+    Images are decoded as far down as the window reaches. Flipped and turned by their strides: for the caller to copy.
 
     UserError where the pair's sizes do not fit each other or the image is smaller than the crop.
     """
-    clean, degraded = _decode(row, scale, degradation)
-    height, width = clean.shape[-2] // scale, clean.shape[-1] // scale
+    height, width = _degraded_size(row, scale, degradation)
     size = crop_size // scale
     if height < size or width < size:
+        clean_size = image_size(row.clean, f"{row.where}, clean")
         raise UserError(
-            f"{row.where}: the clean image is {clean.shape[-2]} x {clean.shape[-1]}, smaller than the crop of "
+            f"{row.where}: the clean image is {clean_size[0]} x {clean_size[1]}, smaller than the crop of "
             f"{crop_size}; lower data.crop_size or leave small images out"
         )
     top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
-    if degraded is not None:
-        degraded = degraded[:, top : top + size, left : left + size]
-    elif isinstance(degradation, Bicubic):  # its window reaches beyond the crop
+    below = 2 * scale if isinstance(degradation, Bicubic) else 0  # its kernel reaches beyond the crop
+    clean = decode(row.clean, f"{row.where}, clean", bottom=(top + size) * scale + below)
+    if isinstance(degradation, Bicubic):
         multiple = clean[:, : height * scale, : width * scale]
         degraded = imresize_crop(multiple, 1 / scale, top, left, size, size)
-    clean = clean[:, top * scale : (top + size) * scale, left * scale : (left + size) * scale]
-    if degraded is None:
+    clean = _crop(clean, top * scale, left * scale, crop_size)
+    if row.degraded is not None:
+        degraded = _crop(decode(row.degraded, f"{row.where}, degraded", bottom=top + size), top, left, size)
+    elif not isinstance(degradation, Bicubic):
         assert degradation is not None
         degraded = degradation(clean, rng)
     return _augment(augment, rng, degraded, clean)
 
 
-def _decode(row: Row, scale: int, degradation: AnyDegradation | None) -> tuple[Tensor, Tensor | None]:
-    clean = decode(row.clean, f"{row.where}, clean")
+def _degraded_size(row: Row, scale: int, degradation: AnyDegradation | None) -> tuple[int, int]:
+    """(H, W) of the degraded image, there or to be made, from the headers."""
+    height, width = image_size(row.clean, f"{row.where}, clean")
+    expected = height // scale, width // scale
     if row.degraded is None:
         if degradation is None:
             raise UserError(f"{row.where} has no degraded image; pack pairs, or give the source a `degradation`")
-        return clean, None
+        return expected
     if degradation is not None:
         raise UserError(f"{row.where} has a degraded image and the source a `degradation` too; remove one of them")
-    degraded = decode(row.degraded, f"{row.where}, degraded")
-    expected = [side // scale for side in clean.shape[-2:]]
-    if list(degraded.shape[-2:]) != expected:
+    size = image_size(row.degraded, f"{row.where}, degraded")
+    if size != expected:
         raise UserError(
-            f"{row.where}: degraded is {degraded.shape[-2]} x {degraded.shape[-1]} and clean "
-            f"{clean.shape[-2]} x {clean.shape[-1]}; at scale {scale} degraded should be {expected[0]} x {expected[1]}"
+            f"{row.where}: degraded is {size[0]} x {size[1]} and clean {height} x {width}; "
+            f"at scale {scale} degraded should be {expected[0]} x {expected[1]}"
         )
-    return clean[:, : expected[0] * scale, : expected[1] * scale], degraded
+    return size
+
+
+def _crop(image: Tensor, top: int, left: int, size: int) -> Tensor:
+    """A copy, as it lies, which lets go of the whole image."""
+    return torch.from_numpy(image[:, top : top + size, left : left + size].numpy().copy(order="K"))
 
 
 def _augment(augment: Augment, rng: np.random.Generator, *images: Tensor) -> tuple[Pixels, Pixels]:
@@ -92,6 +101,5 @@ def _augment(augment: Augment, rng: np.random.Generator, *images: Tensor) -> tup
         draw = int(rng.integers(4))
         vertical, horizontal = draw == 1, draw == 2
     rows, columns = slice(None, None, -1 if vertical else 1), slice(None, None, -1 if horizontal else 1)
-    # A copy of the crop as it lies lets go of the whole image, and is read faster in any other order.
-    degraded, clean = (image.numpy().copy(order="K")[:, rows, columns] for image in images)
+    degraded, clean = (image.numpy()[:, rows, columns] for image in images)
     return (degraded.swapaxes(1, 2), clean.swapaxes(1, 2)) if transpose else (degraded, clean)

@@ -20,13 +20,13 @@ def encode(image: Image.Image | np.ndarray, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, interlace: int = 0) -> bytes:
     """A PNG written by hand: what Pillow cannot write (16-bit colour) or should not (a bomb)."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -119,12 +119,67 @@ def test_exif_orientation_is_applied(orientation):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("bottom", [None, 1])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"])
-def test_truncated_anywhere_is_an_error_never_a_half_picture(kind):
+def test_truncated_anywhere_is_an_error_never_a_half_picture(kind, bottom):
     data = encode(RGB, kind)
     for end in [1, 8, 20, 40, 60, len(data) // 4, len(data) // 2, len(data) * 3 // 4, len(data) - 20]:
         with pytest.raises(UserError, match="shard 3, row 7"):
-            decode(data[:end], "shard 3, row 7")
+            decode(data[:end], "shard 3, row 7", bottom)
+
+
+def interlaced(pixels: np.ndarray) -> bytes:
+    """An RGB PNG in the seven passes of Adam7, which Pillow does not write."""
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    parts = [pixels[top::down, left::right] for top, left, down, right in passes]
+    rows = b"".join(b"\0" + row.tobytes() for part in parts if part.size for row in part)
+    return png(pixels.shape[1], pixels.shape[0], 8, 2, rows, interlace=1)
+
+
+WAYS = [
+    *(("PNG", {"mode": mode}) for mode in ("RGB", "L", "RGBA", "LA", "P")),
+    ("PNG", {"transparency": (1, 2, 3)}),
+    ("interlaced", {}),
+    *(("JPEG", {"subsampling": s, "progressive": p}) for s in ("4:4:4", "4:2:2", "4:2:0") for p in (False, True)),
+    *(("JPEG", {"mode": "L", "progressive": p}) for p in (False, True)),
+    ("JPEG", {"restart_marker_blocks": 3}),
+    ("JPEG", {"mode": "CMYK"}),
+    *(("WEBP", {"quality": q, "method": m}) for q in (1, 50, 95) for m in (0, 4, 6)),
+    ("WEBP", {"mode": "RGBA"}),
+    ("WEBP", {"lossless": True}),
+    ("TIFF", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), WAYS)
+def test_rows_above_the_bottom_are_those_of_the_whole_image(kind, options, capfd):
+    rng = np.random.default_rng(0)
+    for height, width in [(1, 1), (17, 40), (83, 70), (160, 96)]:
+        coarse = Image.fromarray(rng.integers(0, 256, (2 + height // 9, 2 + width // 9, 3), dtype=np.uint8))
+        image = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        noisy = np.asarray(image, int) + rng.integers(-9, 9, (height, width, 3))
+        image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).convert(options.get("mode", "RGB"))
+        for exif in (None, ORIENTED):
+            extra: dict = {key: value for key, value in options.items() if key != "mode"}
+            if exif:
+                extra["exif"] = Image.Exif()
+                extra["exif"][0x0112] = 6
+            data = interlaced(np.asarray(image)) if kind == "interlaced" else encode(image, kind, **extra)
+            whole = decode(data, "here")
+            if kind in ("PNG", "interlaced") and not exif and "A" not in image.mode:
+                np.testing.assert_array_equal(whole.permute(1, 2, 0), np.asarray(image.convert("RGB")))
+            for bottom in {1, height // 3 or 1, height // 2 or 1, height - 1 or 1, height, height + 9}:
+                above = decode(data, "here", bottom)
+                assert above.shape[2] == whole.shape[2]
+                assert above.shape[1] >= min(bottom, whole.shape[1])
+                assert torch.equal(above[:, :bottom], whole[:, :bottom])
+    assert not any(capfd.readouterr())  # libjpeg likes to warn
+
+
+def test_a_crop_is_decoded_from_the_rows_above_its_bottom():
+    tall = SMOOTH.repeat(9, 0)
+    for kind in ("PNG", "JPEG", "WEBP"):
+        assert decode(encode(tall, kind), "here", 100).shape[1] < 120
 
 
 def test_what_is_no_image_is_one_clear_sentence():
@@ -137,14 +192,15 @@ def test_what_is_no_image_is_one_clear_sentence():
         decode(encode(RGB[..., 0].astype(np.float32), "TIFF"), "here")
 
 
+@pytest.mark.parametrize("bottom", [None, 3])
 @pytest.mark.parametrize("image", [RGB, SMOOTH])
-def test_a_flipped_byte_of_a_png_is_found(image):
+def test_a_flipped_byte_of_a_png_is_found(image, bottom):
     data = encode(image, "PNG")
     for place in range(8, len(data) - 12, max(1, len(data) // 300)):
         flipped = bytearray(data)
         flipped[place] ^= 0xFF
         with pytest.raises(UserError, match=r"^here: "):
-            decode(bytes(flipped), "here")
+            decode(bytes(flipped), "here", bottom)
 
 
 @pytest.mark.parametrize(

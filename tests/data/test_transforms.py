@@ -1,0 +1,68 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mcir.data.degrade import Bicubic
+from mcir.data.resize import imresize
+from mcir.data.sources import Row
+from mcir.data.transforms import training_pair, validation_pair
+from mcir.errors import UserError
+
+
+def encode(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    """Red tells the row, green the column, blue is noise."""
+    rows, columns = np.mgrid[:height, :width]
+    noise = np.random.default_rng(0).integers(0, 256, (height, width))
+    return np.stack([rows, columns, noise], axis=2).astype(np.uint8)
+
+
+def windows(row: Row, crop_size: int, scale: int, degradation: Bicubic | None) -> set[int]:
+    """Compares 60 training pairs with the same windows of the whole images; the tops that came."""
+    degraded, clean = validation_pair(row, scale, degradation, np.random.default_rng(0))
+    tops = set()
+    for seed in range(60):
+        low, high = training_pair(row, crop_size, scale, degradation, "none", np.random.default_rng(seed))
+        top, left = int(high[0, 0, 0]), int(high[1, 0, 0])
+        assert (top % scale, left % scale) == (0, 0)
+        np.testing.assert_array_equal(high, clean[:, top : top + crop_size, left : left + crop_size])
+        size, top, left = crop_size // scale, top // scale, left // scale
+        np.testing.assert_array_equal(low, degraded[:, top : top + size, left : left + size])
+        tops.add(top)
+    return tops
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+def test_a_training_pair_is_one_window_of_both_images(scale):
+    clean = picture(100, 70)
+    degraded = encode(clean[: 100 // scale * scale : scale, : 70 // scale * scale : scale])
+    assert len(windows(Row("a", encode(clean), degraded, "here"), 60, scale, None)) > 8
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_bicubic_of_a_window_is_the_window_of_the_whole_resized(scale):
+    """Though the image is decoded no further than the kernel reaches."""
+    clean = picture(101, 71)
+    row = Row("a", encode(clean), None, "here")
+    assert len(windows(row, 48, scale, Bicubic(scale=scale))) > 8
+    whole = torch.from_numpy(clean[: 101 // scale * scale, : 71 // scale * scale]).permute(2, 0, 1)
+    degraded, _ = validation_pair(row, scale, Bicubic(scale=scale), np.random.default_rng(0))
+    assert torch.equal(degraded, imresize(whole, 1 / scale))
+
+
+def test_unequal_sizes_are_named_before_anything_is_decoded():
+    row = Row("a", encode(picture(40, 40))[:99], encode(picture(19, 20))[:99], "here")
+    for pair in (
+        lambda: training_pair(row, 8, 2, None, "none", np.random.default_rng(0)),
+        lambda: validation_pair(row, 2, None, np.random.default_rng(0)),
+    ):
+        with pytest.raises(UserError, match=r"^here: degraded is 19 x 20 and clean 40 x 40; at scale 2 .* 20 x 20$"):
+            pair()
