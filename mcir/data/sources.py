@@ -100,7 +100,7 @@ class HubSource(Source):
                 f"the Hub dataset {self.repo} cannot be opened ({error}); check name, network and HF_HUB_OFFLINE"
             ) from error
         if self.split not in splits:
-            raise UserError(f"the Hub dataset {self.repo} has no split {self.split}; it has {', '.join(splits)}")
+            raise UserError(f"the Hub dataset {self.repo} has no split {self.split}; it has {', '.join(map(str, splits))}")
         files = [str(file) for file in splits[self.split]]
         if other := [file for file in files if not file.endswith(".parquet")]:
             raise UserError(f"the Hub dataset {self.repo} is not stored as Parquet: split {self.split} has {other[0]}")
@@ -182,6 +182,7 @@ def _parquet(files: list[str], name: str) -> Units:
         data_files=files,
         split="train",
         streaming=True,
+        storage_options={"hf": {"block_size": 2**16}},  # what is read ahead; 5 MiB would be a third of a row group
         columns=[name for name in footers[0][0] if name in ("key", "clean", "degraded")],  # as stored: spares a copy
         fragment_scan_options=ParquetFragmentScanOptions(page_checksum_verification=True),
     ).with_format("arrow")  # which leaves the images encoded

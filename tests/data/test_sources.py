@@ -1,24 +1,29 @@
 """Every kind of source: its exact rows from any row on, and one clear sentence where it cannot be read."""
 
 import io
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
 from collections import Counter
+from hashlib import sha1
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import datasets
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mcir.data.loader import DataConfig, Loader, _Stream
 from mcir.data.order import COLUMNS
-from mcir.data.sources import FILES_IN_A_UNIT, FolderSource, HubSource, ParquetSource, Row, Source, TarSource, Units
+from mcir.data.sources import FILES_IN_A_UNIT, FolderSource, ParquetSource, Row, Source, TarSource, Units
 from mcir.errors import UserError
+from tests.hub import serve
 from tests.runs import write_dataset
 
 
@@ -69,8 +74,8 @@ def tars_of(folder: Path, root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("kind", ["parquet", "folders", "tars", "hub"])
-def test_every_source_gives_the_exact_rows_from_any_row_on(kind, dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["parquet", "folders", "tars"])
+def test_every_source_gives_the_exact_rows_from_any_row_on(kind, dataset, tmp_path):
     expected = expected_rows(dataset)
     paired = expected[0][2] is not None
     source: Source
@@ -83,12 +88,6 @@ def test_every_source_gives_the_exact_rows_from_any_row_on(kind, dataset, tmp_pa
         expected = sorted((named[key], clean, degraded) for key, clean, degraded in expected)
     elif kind == "tars":
         source = TarSource(format="tars", path=str(tars_of(dataset, tmp_path)))
-    elif kind == "hub":
-        # What the Hub answers: the files of each split. Reading them is the same as from a disk.
-        files = {"train": sorted(map(str, dataset.glob("*.parquet")))}
-        builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
-        monkeypatch.setattr(datasets, "load_dataset_builder", lambda repo, revision: builder)
-        source = HubSource(format="hub", repo="owner/name")
     else:
         source = ParquetSource(path=str(dataset))
     units = source.open()
@@ -180,28 +179,84 @@ def test_tars_that_repeat_a_key_or_are_none(tmp_path):
         TarSource(format="tars", path=str(tmp_path / "nowhere")).open()
 
 
-def test_the_hub_is_not_asked_when_offline(tmp_path):
-    """One sentence that names the dataset and the variable, at once."""
-    code = (
+def of_the_hub(code: str, folder: Path, endpoint: str, **environment: str) -> Any:
+    """What a process prints, as JSON, for which `endpoint` is the Hub; `opened(...)` is there for it."""
+    before = (
+        "import json\n"
+        "from hashlib import sha1\n"
+        "from mcir.data.loader import DataConfig, Loader\n"
         "from mcir.data.sources import HubSource\n"
         "from mcir.errors import UserError\n"
-        "try:\n    HubSource(format='hub', repo='owner/name').open()\n"
-        "except UserError as error:\n    print(error)"
+        "def opened(repo, **source):\n"
+        "    try:\n        return HubSource(format='hub', repo=repo, **source).open()\n"
+        "    except UserError as error:\n        return str(error)\n"
     )
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert "the Hub dataset owner/name cannot be opened" in result.stdout, result.stderr
-    assert "HF_HUB_OFFLINE" in result.stdout
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home")} | environment
+    command = [sys.executable, "-c", before + code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
-def test_hub_datasets_of_another_kind(monkeypatch):
-    files = {"train": ["hf://datasets/owner/name@main/a.csv"]}
-    builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda repo, revision: builder)
-    with pytest.raises(UserError, match=r"not stored as Parquet: split train has .*a\.csv"):
-        HubSource(format="hub", repo="owner/name").open()
-    with pytest.raises(UserError, match="no split test; it has train"):
-        HubSource(format="hub", repo="owner/name", split="test").open()
+def test_a_dataset_of_the_hub_is_the_same_as_on_a_disk(dataset, tmp_path):
+    """Its rows, and in workers its order, too; they must not share the connections of the process they come from."""
+    shutil.copytree(dataset, tmp_path / "hub/owner/name")
+    paired = expected_rows(dataset)[0][2] is not None
+    train = {"degradation": None if paired else {"name": "bicubic", "scale": 2}}
+    data = {"crop_size": 16, "num_workers": 2, "shuffle_buffer": 4}
+    code = (
+        "rows = [(row.key, sha1(row.clean).hexdigest()) for row in opened('owner/name')]\n"
+        f"train = {train} | {{'source': {{'format': 'hub', 'repo': 'owner/name'}}}}\n"
+        f"data = DataConfig.model_validate({data} | {{'train': [train]}})\n"
+        "batches = iter(Loader(data, scale=2, batch_size=6, seed=0))\n"
+        "batches = [next(batches) for _ in range(7)]\n"
+        "clean = [sha1(batch.clean.numpy()).hexdigest() for batch in batches]\n"
+        "print(json.dumps([rows, [batch.key for batch in batches], clean]))"
+    )
+    with serve(tmp_path / "hub") as hub:
+        rows, keys, clean = of_the_hub(code, tmp_path, hub.endpoint)
+    assert rows == [[key, sha1(clean).hexdigest()] for key, clean, _ in expected_rows(dataset)]
+    local = {"train": [train | {"source": {"format": "parquet", "path": str(dataset)}}], "num_workers": 0}
+    loader = Loader(DataConfig.model_validate(data | local), scale=2, batch_size=6, seed=0)
+    batches = list(islice(loader, 7))
+    assert keys == [batch.key for batch in batches]
+    assert clean == [sha1(batch.clean.numpy()).hexdigest() for batch in batches]
+
+
+def test_little_more_than_what_is_read_is_fetched_from_the_hub(tmp_path):
+    rng = np.random.default_rng(0)
+    columns = {
+        "key": [str(i) for i in range(24)],
+        "clean": [{"bytes": rng.bytes(2**20), "path": None} for _ in range(24)],
+    }
+    file = tmp_path / "hub/owner/name/train.parquet"
+    file.parent.mkdir(parents=True)
+    pq.write_table(pa.table(columns), file, row_group_size=4, compression="none")
+    code = "units = opened('owner/name')\nprint(sum(len(list(units.rows(u, 0))) for u in (5, 1, 3, 0, 2, 4)))"
+    with serve(tmp_path / "hub") as hub:
+        assert of_the_hub(code, tmp_path, hub.endpoint) == 24
+        assert 1 < hub.num_bytes / file.stat().st_size < 1.1
+
+
+def test_what_the_hub_does_not_have(tmp_path):
+    write_dataset(tmp_path / "hub/owner/name", num_rows=4, num_shards=1)
+    (tmp_path / "hub/owner/text").mkdir(parents=True)
+    (tmp_path / "hub/owner/text/a.csv").write_text("a,b\n1,2\n")
+    code = "print(json.dumps([opened('owner/other'), opened('owner/text'), opened('owner/name', split='test')]))"
+    with serve(tmp_path / "hub") as hub:
+        missing, text, split = of_the_hub(code, tmp_path, hub.endpoint)
+    assert missing.startswith("the Hub dataset owner/other cannot be opened (")
+    assert missing.endswith("); check name, network and HF_HUB_OFFLINE")
+    assert re.search(r"owner/text is not stored as Parquet: split train has .*a\.csv$", text)
+    assert split == "the Hub dataset owner/name has no split test; it has train"
+
+
+def test_the_hub_is_not_asked_when_offline(tmp_path):
+    """One sentence that names the dataset and the variable, at once."""
+    with serve(tmp_path) as hub:
+        error = of_the_hub("print(json.dumps(opened('owner/name')))", tmp_path, hub.endpoint, HF_HUB_OFFLINE="1")
+    assert error.startswith("the Hub dataset owner/name cannot be opened (")
+    assert "HF_HUB_OFFLINE" in error
 
 
 def test_shards_that_differ_in_their_columns(tmp_path):

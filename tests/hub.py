@@ -1,0 +1,105 @@
+"""The part of the Hugging Face Hub's HTTP interface that reading a dataset takes, over folders on this machine: what
+`huggingface_hub` asks for, without the network. Point HF_ENDPOINT of a new process at it."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves `root`/OWNER/NAME/... as dataset repositories; `num_bytes` counts what was sent of their Parquet files."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.root = root
+        self.num_bytes = 0
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def serve(root: Path) -> Iterator[Hub]:
+    with Hub(root) as hub:
+        thread = Thread(target=hub.serve_forever, daemon=True)
+        thread.start()
+        yield hub
+        hub.shutdown()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        path = urlsplit(self.path).path
+        if match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            self._file(self.server.root / match[1] / match[2])
+            return
+        match = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/[^/]+)?(/.*)?", path)
+        repo = self.server.root / match[1] if match else None
+        if match is None or repo is None or not repo.is_dir():
+            self._answer(404, {"X-Error-Code": "RepoNotFound"}, b"{}")
+            return
+        answer: Any
+        if match[2] in (None, "revision"):
+            names = [{"rfilename": str(file.relative_to(repo))} for file in repo.rglob("*") if file.is_file()]
+            answer = {"id": match[1], "sha": COMMIT, "siblings": names, "tags": [], "private": False}
+        elif match[2] == "tree":
+            folder = repo / (match[3] or "/")[1:]
+            if not folder.is_dir():
+                self._answer(404, {"X-Error-Code": "EntryNotFound"}, b"{}")
+                return
+            answer = [_entry(repo, path) for path in sorted(folder.iterdir())]
+        else:
+            names = parse_qs(body).get("paths", [])
+            answer = [_entry(repo, repo / name) for name in names if (repo / name).exists()]
+        self._answer(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+
+    def _file(self, path: Path) -> None:
+        if not path.is_file():
+            self._answer(404, {"X-Error-Code": "EntryNotFound"}, b"")
+            return
+        data = path.read_bytes()
+        headers = {"ETag": f'"{sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        status = 200
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+            status, data = 206, data[first : last + 1]
+        if path.suffix == ".parquet" and self.command == "GET":
+            self.server.num_bytes += len(data)
+        self._answer(status, headers, data)
+
+    def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _entry(repo: Path, path: Path) -> dict[str, Any]:
+    name = str(path.relative_to(repo))
+    if path.is_dir():
+        return {"type": "directory", "oid": COMMIT, "size": 0, "path": name}
+    return {"type": "file", "oid": COMMIT, "size": path.stat().st_size, "path": name}
