@@ -16,11 +16,13 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `root`/OWNER/NAME/... as dataset repositories; `num_bytes` counts what was sent of their Parquet files."""
+    """Serves `root`/OWNER/NAME/... as dataset repositories; `num_bytes` counts what was sent of their Parquet files.
+    Who asks for /silence is the last to get an answer."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root = root
+        self.silent = False
         self.num_bytes = 0
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
 
@@ -51,6 +53,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         path = urlsplit(self.path).path
+        if self.server.silent:
+            self.close_connection = True
+            return
+        if path == "/silence":
+            self.server.silent = True
+            self._answer(200, {}, b"")
+            return
         if match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self._file(self.server.root / match[1] / match[2])
             return

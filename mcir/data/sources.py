@@ -96,15 +96,22 @@ class HubSource(Source):
         try:
             splits = load_dataset_builder(self.repo, revision=self.revision).config.data_files or {}
         except Exception as error:
-            raise UserError(
-                f"the Hub dataset {self.repo} cannot be opened ({error}); check name, network and HF_HUB_OFFLINE"
-            ) from error
+            raise self._unreachable(error) from error
         if self.split not in splits:
-            raise UserError(f"the Hub dataset {self.repo} has no split {self.split}; it has {', '.join(map(str, splits))}")
+            there = ", ".join(map(str, splits))
+            raise UserError(f"the Hub dataset {self.repo} has no split {self.split}; it has {there}")
         files = [str(file) for file in splits[self.split]]
         if other := [file for file in files if not file.endswith(".parquet")]:
             raise UserError(f"the Hub dataset {self.repo} is not stored as Parquet: split {self.split} has {other[0]}")
-        return _parquet(files, self.repo)
+        try:
+            return _parquet(files, self.repo)
+        except ConnectionError as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: Exception) -> UserError:
+        return UserError(
+            f"the Hub dataset {self.repo} cannot be opened ({error}); check name, network and HF_HUB_OFFLINE"
+        )
 
 
 class FolderSource(Source):
@@ -209,7 +216,8 @@ def _footer(file: str) -> tuple[list[str], list[int]]:
         with fsspec.open(file, "rb") as handle:
             metadata = pq.read_metadata(handle)
     except Exception as error:
-        raise UserError(f"{file} is not a readable Parquet file ({error}); pack the dataset again") from error
+        way_out = "check the network, or pack the dataset again" if "://" in file else "pack the dataset again"
+        raise UserError(f"{file} is not a readable Parquet file ({error}); {way_out}") from error
     lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     return metadata.schema.to_arrow_schema().names, lengths
 
@@ -239,10 +247,11 @@ def _read_group(
             start = max(0, start - len(table))
     except Exception as error:  # the readers below raise OSError, ArrowInvalid, network errors...
         rows = f"rows {group.first} to {group.first + group.length - 1} (row group {group.index})"
-        raise UserError(
-            f"{file}, {rows} cannot be read: {_first_line(error)}; the file was changed after it was packed, "
-            "or the disk fails: copy or pack it again"
-        ) from error
+        if isinstance(error, ConnectionError):  # after some ten minutes of trying again
+            way_out = "the network or the Hub fails: start again later to continue"
+        else:
+            way_out = "the file was changed after it was packed, or the disk fails: copy or pack it again"
+        raise UserError(f"{file}, {rows} cannot be read: {_first_line(error)}; {way_out}") from error
 
 
 def _bytes(table: "pa.Table", column: str) -> list[memoryview | None]:

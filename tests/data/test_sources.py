@@ -251,6 +251,26 @@ def test_what_the_hub_does_not_have(tmp_path):
     assert split == "the Hub dataset owner/name has no split test; it has train"
 
 
+@pytest.mark.slow  # huggingface_hub tries five times, for 23 s
+def test_a_hub_that_falls_silent(tmp_path):
+    write_dataset(tmp_path / "hub/owner/name", num_rows=4, num_shards=1)
+    code = (
+        "import datasets, os, urllib.request\n"
+        "datasets.config.STREAMING_READ_MAX_RETRIES = 1\n"
+        "units = opened('owner/name')\n"
+        "urllib.request.urlopen(os.environ['HF_ENDPOINT'] + '/silence')\n"
+        "try:\n    list(units)\n"
+        "except UserError as error:\n    print(json.dumps([str(error), opened('owner/name')]))\n"
+    )
+    with serve(tmp_path / "hub") as hub:
+        inside, opening = of_the_hub(code, tmp_path, hub.endpoint)
+    assert re.search(r"00000\.parquet, rows 0 to 3 \(row group 0\) cannot be read: ", inside)
+    assert inside.endswith("the network or the Hub fails: start again later to continue")
+    assert re.search(
+        r"^the Hub dataset owner/name cannot be opened \(.*\); check name, network and HF_HUB_OFFLINE$", opening
+    )
+
+
 def test_the_hub_is_not_asked_when_offline(tmp_path):
     """One sentence that names the dataset and the variable, at once."""
     with serve(tmp_path) as hub:
