@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +36,7 @@ from mcir.data.card import dataset_card
 from mcir.data.decode import decode
 from mcir.data.degrade import AnyDegradation
 from mcir.data.layouts import Pair, Pairs
+from mcir.data.sources import CHECKSUMS, Sample, checksum
 from mcir.errors import UserError
 
 ROW_GROUP_BYTES = 16 * 2**20
@@ -307,22 +308,36 @@ def _write_shard(
     path: Path, rows: Iterable[tuple[Path, int] | Pair], schema: pa.Schema, pairs: Pairs, options: Options
 ) -> None:
     def write(part: Path) -> None:
-        # Images do not compress further; page checksums find what a disk or a copy has changed.
+        # Images do not compress further; checksums find what a disk or a copy has changed.
         with pq.ParquetWriter(
             part, schema, compression="none", use_dictionary=False, write_statistics=["key"], write_page_checksum=True
         ) as writer:
-            group: list[dict[str, Any]] = []
-            size = 0
-            for row in rows:
-                if isinstance(row, Pair):
-                    group += _rows(row, pairs, options)
-                else:
-                    group += _spooled(row[0]).slice(row[1], 1).to_pylist()
-                size += sum(len(group[-1][name]["bytes"]) for name in schema.names if name != "key")
-                if size >= ROW_GROUP_BYTES:
-                    writer.write_table(pa.Table.from_pylist(group, schema))
-                    group, size = [], 0
-            if group:
+            checksums = []
+            for group in _row_groups(rows, schema, pairs, options):
                 writer.write_table(pa.Table.from_pylist(group, schema))
+                checksums.append(checksum(map(_sample, group)))
+            writer.add_key_value_metadata({CHECKSUMS: json.dumps(checksums)})
 
     _write(path, write)
+
+
+def _row_groups(
+    rows: Iterable[tuple[Path, int] | Pair], schema: pa.Schema, pairs: Pairs, options: Options
+) -> Iterator[list[dict[str, Any]]]:
+    group: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        if isinstance(row, Pair):
+            group += _rows(row, pairs, options)
+        else:
+            group += _spooled(row[0]).slice(row[1], 1).to_pylist()
+        size += sum(len(group[-1][name]["bytes"]) for name in schema.names if name != "key")
+        if size >= ROW_GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    return row["key"], row["clean"]["bytes"], row["degraded"]["bytes"] if "degraded" in row else None

@@ -1,10 +1,12 @@
 import hashlib
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +247,12 @@ def test_the_card_is_read_by_datasets_and_lists_the_checksums(photographs, tmp_p
     for shard in output.glob("*.parquet"):
         sha256 = hashlib.sha256(shard.read_bytes()).hexdigest()
         assert listed[shard.name] == (pq.read_metadata(shard).num_rows, shard.stat().st_size, sha256)
+        rows = [
+            [row["key"].encode(), row["clean"]["bytes"], row["degraded"]["bytes"]]
+            for row in pq.read_table(shard).to_pylist()
+        ]
+        in_footer = json.loads(pq.read_metadata(shard).metadata[b"mcir.crc32"])
+        assert in_footer == [zlib.crc32(b"".join(b"".join(row) for row in rows))]  # small: one row group
     for arguments in ({"path": str(output)}, {"path": "parquet", "data_dir": str(output)}):
         dataset = load_dataset(**arguments, cache_dir=str(tmp_path / "cache"))["test"]
         assert dataset.num_rows == 12

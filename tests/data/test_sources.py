@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zlib
 from collections import Counter
 from hashlib import sha1
 from itertools import islice
@@ -279,6 +280,17 @@ def test_the_hub_is_not_asked_when_offline(tmp_path):
     assert "HF_HUB_OFFLINE" in error
 
 
+def test_an_empty_row_group_is_no_unit(tmp_path):
+    (file,) = with_checksums(tmp_path, num_rows=4)
+    table = pq.read_table(file)
+    with pq.ParquetWriter(file, table.schema) as writer:
+        for part in (table.slice(0, 0), table, table.slice(0, 0)):
+            writer.write_table(part)
+    units = ParquetSource(path=str(file)).open()
+    assert units.lengths == (4,)
+    assert [row.key for row in units] == ["000", "001", "002", "003"]
+
+
 def test_shards_that_differ_in_their_columns(tmp_path):
     write_dataset(tmp_path, num_rows=4, num_shards=1)
     paired = write_dataset(tmp_path / "pairs", num_rows=4, num_shards=1, scale=2)
@@ -287,15 +299,21 @@ def test_shards_that_differ_in_their_columns(tmp_path):
         ParquetSource(path=str(tmp_path)).open()
 
 
-def with_checksums(folder: Path, num_rows: int = 24, num_shards: int = 1) -> list[Path]:
-    """Shards of row groups of 4 as `mcir data pack` writes them: uncompressed pages with checksums."""
+def with_checksums(folder: Path, num_rows: int = 24, num_shards: int = 1, packed: bool = True) -> list[Path]:
+    """Shards of row groups of 4: with a checksum for each in the footer as `mcir data pack` writes them, or otherwise
+    with those of Parquet's pages alone."""
     write_dataset(folder, num_rows, num_shards)
     files = sorted(folder.glob("*.parquet"))
     for file in files:
         table = pq.read_table(file)
-        pq.write_table(
-            table, file, row_group_size=4, compression="none", use_dictionary=False, write_page_checksum=True
-        )
+        with pq.ParquetWriter(
+            file, table.schema, compression="none", use_dictionary=False, write_page_checksum=not packed
+        ) as writer:
+            writer.write_table(table, row_group_size=4)
+            rows = [row["key"].encode() + row["clean"]["bytes"] for row in table.to_pylist()]
+            if packed:
+                groups = [zlib.crc32(b"".join(rows[i : i + 4])) for i in range(0, len(rows), 4)]
+                writer.add_key_value_metadata({"mcir.crc32": json.dumps(groups)})
     return files
 
 
@@ -308,9 +326,10 @@ def flip_a_byte(file: Path, group: int) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_flipped_byte_inside_a_page_names_file_and_rows(num_workers, tmp_path):
-    (file,) = with_checksums(tmp_path)
+def test_a_flipped_byte_names_file_and_rows(num_workers, packed, tmp_path):
+    (file,) = with_checksums(tmp_path, packed=packed)
     flip_a_byte(file, group=3)
     keys: list[str] = []
     with pytest.raises(UserError) as caught:
