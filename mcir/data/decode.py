@@ -2,7 +2,7 @@
 
 Every image of every dataset passes through `decode`. Invariants: the header is read and the number of pixels checked
 before anything is decoded; each format goes to the fastest decoder: PNG and WebP to imagecodecs (1.5 and 1.1 times as
-fast as Pillow; torchvision is slower, and a broken PNG kills it), JPEG in its common forms to simplejpeg (1.3 times as
+fast as Pillow; torchvision is slower, and a broken PNG kills it), JPEG in its common forms to simplejpeg (1.2 times as
 fast as Pillow), everything else to Pillow; a file that cannot be decoded whole is an error, never a half grey picture.
 (JPEG has no checksum: flipped bits inside one may still pass.)
 
@@ -59,17 +59,18 @@ def decode(data: bytes | memoryview, where: str, bottom: int | None = None) -> T
 
     Raises UserError: no bytes, not an image, truncated or corrupt, more than MAX_PIXELS, 32 bits a channel.
     """
-    header = _common(data)
-    image = None if header else _open(data, where)
-    if header and header.height * header.width > MAX_PIXELS:
-        raise _too_large(where)
+    if header := _common(data):
+        kind = header.kind
+        if header.height * header.width > MAX_PIXELS:
+            raise _too_large(where)
+    else:
+        image = _open(data, where)
+        kind = str(image.format)
     try:
         if header:
             return _rgb(_decode_common(data, header, header.height if bottom is None else bottom))
-        assert image is not None
         return _decode(data, image)
     except Exception as error:  # decoders raise whatever they like on bad bytes: RuntimeError, OSError, SyntaxError...
-        kind = header.kind if header else image and image.format
         raise UserError(f"{where}: the {kind} image is truncated or corrupt: {_first_line(error)}") from error
 
 
@@ -217,7 +218,7 @@ def _rgb(pixels: npt.NDArray[Any], orientation: int = 1) -> Tensor:
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     turned = pixels[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
-    if turned.dtype == np.uint16:
+    if turned.dtype.itemsize == 2:
         turned = turned.astype(np.float32) / 65535
     return torch.from_numpy(turned if orientation == 1 else turned.copy()).permute(2, 0, 1)
 

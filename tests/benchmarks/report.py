@@ -205,7 +205,7 @@ def contrast() -> str:
 
 
 def data() -> str:
-    return "```\n" + printed("tests.benchmarks.bench_data", "--seconds", "1") + "\n```"
+    return "```\n" + printed("tests.benchmarks.bench_data", "--seconds", "3") + "\n```"
 
 
 def printed(module: str, *arguments: str) -> str:

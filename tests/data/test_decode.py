@@ -4,6 +4,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -94,6 +95,9 @@ def test_sixteen_bits_become_float():
         np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), expected / 65535, atol=1e-7)
     grey = decode(encode(deep[..., 0], "TIFF"), "row 1")
     np.testing.assert_allclose(grey.permute(1, 2, 0).numpy(), deep[..., [0, 0, 0]] / 65535, atol=1e-7)
+    big_endian = io.BytesIO()
+    tifffile.imwrite(big_endian, deep[..., 0], byteorder=">")
+    assert torch.equal(decode(big_endian.getvalue(), "row 1"), grey)
 
 
 ORIENTED = {  # EXIF orientation -> how the stored pixels are to be shown
