@@ -8,8 +8,9 @@ fast as Pillow), everything else to Pillow; a file that cannot be decoded whole 
 
 A crop needs no row below it, and decoders read from the top and stop at the height that the header names. So where
 only the rows above `bottom` are wanted, PNG without interlacing, JPEG and lossy WebP are decoded from a copy whose
-header names no more than these and the few below that theirs depend on: the same pixels, sooner. What decoders would
-have found out at the end of the file is checked beforehand.
+header names no more than these and the few below that theirs depend on: the same pixels, sooner (nearly the same in a
+progressive JPEG that lacks scans). That the file goes on to its end, and a PNG's checksums, are looked at beforehand;
+pixels below that cannot be decoded though their checksums are right are not noticed.
 
 What becomes of what is not 8-bit RGB: grey and palette images are expanded to RGB; alpha is dropped and the colour
 stored under it kept, as the readers of the published code do; CMYK is converted without a colour profile; the EXIF
@@ -158,17 +159,20 @@ def _decode_common(data: bytes | memoryview, header: _Header, bottom: int) -> np
         return _DECODERS[header.kind](data)
     shortened = bytearray(data)
     if header.kind == "PNG":
-        _check_chunks(data)
         shortened[20:24] = rows.to_bytes(4)
         shortened[29:33] = zlibng_crc32(shortened[12:29]).to_bytes(4)
-        return spng_decode(shortened)  # libpng would inflate the rows that are left
+        try:
+            _check_chunks(data)
+            return spng_decode(shortened)  # libpng would inflate the rows that are left
+        except Exception:  # as good or bad as libpng finds the whole
+            return _decode_png(data)
     size = slice(header.height_at, header.height_at + 2)
     shortened[size] = rows.to_bytes(2, "little" if header.kind == "WEBP" else "big")
     return _DECODERS[header.kind](shortened)
 
 
 def _check_chunks(png: bytes | memoryview) -> None:
-    """ValueError where one is missing or was changed."""
+    """ValueError where one was changed or the last is missing."""
     start = 8
     while png[start + 4 : start + 8] != b"IEND":
         end = start + 12 + int.from_bytes(png[start : start + 4])
@@ -180,13 +184,25 @@ def _check_chunks(png: bytes | memoryview) -> None:
 
 
 def _decode_png(data: bytes | memoryview | bytearray) -> npt.NDArray[Any]:
-    return png_decode(data)  # type: ignore[arg-type]  # any buffer; palettes expanded; checks all CRCs
+    return png_decode(data)  # type: ignore[arg-type]  # any buffer; palettes expanded; checks the CRCs of what counts
 
 
 def _decode_jpeg(data: bytes | memoryview | bytearray) -> npt.NDArray[Any]:
-    if data[-2:] != b"\xff\xd9" and b"\xff\xd9" not in bytes(data[2:]):
+    if data[-2:] != b"\xff\xd9" and b"\xff\xd9" not in bytes(data[_scans(data) :]):
         raise ValueError("it ends before its last marker")
-    return decode_jpeg(data, "RGB", strict=False)  # strict: no warnings, such as of what follows the last row
+    try:
+        return decode_jpeg(data, "RGB", strict=False)  # strict: no warnings, such as of what follows the last row
+    except ValueError:  # sampling factors that TurboJPEG does not know
+        return np.array(Image.open(io.BytesIO(data), formats=("JPEG",)).convert("RGB"))
+
+
+def _scans(jpeg: bytes | memoryview | bytearray) -> int:
+    """Where the first scan starts: behind the segments, whose thumbnails are JPEGs with an end of their own."""
+    start = 2
+    while start + 4 <= len(jpeg) and jpeg[start + 1] != 0xDA:
+        filler = jpeg[start + 1] == 0xFF
+        start += 1 if filler else 2 + int.from_bytes(jpeg[start + 2 : start + 4])
+    return start
 
 
 def _decode_webp(data: bytes | memoryview | bytearray) -> npt.NDArray[Any]:

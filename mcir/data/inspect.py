@@ -125,7 +125,7 @@ def _packed_samples(shards: dict[Path, int], report: Report) -> Iterator[Sample]
                     degraded = (row["degraded"] or {}).get("bytes") or b"" if "degraded" in row else None
                     yield row["key"], where, (row["clean"] or {}).get("bytes") or b"", degraded
         except OSError as error:
-            report.faults.append(f"{shard}, after row {number}: unreadable: {error}")
+            report.faults.append(f"{shard}, from row {number + 1} on: unreadable: {error}")
 
 
 def _look(

@@ -195,9 +195,9 @@ def _parquet(files: list[str], name: str) -> Units:
     groups: list[_Group] = []
     for i, (_, lengths, checksums) in enumerate(footers):
         first = 0
-        for j, length in enumerate(lengths):
+        for j, (length, value) in enumerate(zip(lengths, checksums, strict=True)):
             if length:
-                groups.append(_Group(i, j, first, length, checksums[j] if checksums else None))
+                groups.append(_Group(i, j, first, length, value))
             first += length
     if not groups:
         raise UserError(f"{name} is empty")
@@ -228,7 +228,7 @@ class _Group:
     checksum: int | None
 
 
-def _footer(file: str) -> tuple[list[str], list[int], list[int] | None]:
+def _footer(file: str) -> tuple[list[str], list[int], list[int | None]]:
     """Columns, lengths and checksums of the row groups of a Parquet file."""
     import fsspec
     import pyarrow.parquet as pq
@@ -236,12 +236,13 @@ def _footer(file: str) -> tuple[list[str], list[int], list[int] | None]:
     try:
         with fsspec.open(file, "rb") as handle:
             metadata = pq.read_metadata(handle)
-        checksums = json.loads((metadata.metadata or {}).get(CHECKSUMS, b"null"))
+        checksums = json.loads((metadata.metadata or {}).get(CHECKSUMS, b"[]"))
     except Exception as error:
         way_out = "check the network, or pack the dataset again" if "://" in file else "pack the dataset again"
         raise UserError(f"{file} is not a readable Parquet file ({error}); {way_out}") from error
     lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    return metadata.schema.to_arrow_schema().names, lengths, checksums
+    known = isinstance(checksums, list) and len(checksums) == len(lengths)  # not where a copy was cut differently
+    return metadata.schema.to_arrow_schema().names, lengths, checksums if known else [None] * len(lengths)
 
 
 @lru_cache(maxsize=512)

@@ -132,6 +132,40 @@ def test_truncated_anywhere_is_an_error_never_a_half_picture(kind, bottom):
             decode(data[:end], "shard 3, row 7", bottom)
 
 
+@pytest.mark.parametrize("bottom", [None, 10])
+def test_the_end_of_a_thumbnail_is_not_that_of_the_jpeg(bottom):
+    whole = encode(SMOOTH, "JPEG", quality=95)
+    thumbnail = encode(RGB, "JPEG")
+    for segment in (b"\xff\xe1" + b"Exif\0\0", b"\xff\xed" + b"Photoshop 3.0\0"):
+        body = segment[2:] + thumbnail
+        data = whole[:2] + segment[:2] + struct.pack(">H", len(body) + 2) + body + whole[2:]
+        assert torch.equal(decode(data, "here")[:, :10], decode(whole, "here")[:, :10])
+        assert torch.equal(decode(data + b"more", "here", bottom)[:, :10], decode(whole, "here")[:, :10])
+        for end in (len(data) - len(whole) // 3, len(data) - 2):
+            for rest in (b"", b"\0" * 99):
+                with pytest.raises(UserError, match=r"^here: the JPEG image is truncated or corrupt"):
+                    decode(data[:end] + rest, "here", bottom)
+
+
+def test_a_jpeg_of_unusual_sampling():
+    """Colour at a third of the width; all blocks of this picture are alike, so more of them are the same bits."""
+    data = bytearray(encode(np.full((16, 16, 3), 128, np.uint8), "JPEG", progressive=True, subsampling=0))
+    luma = data.index(b"\xff\xc2") + 11
+    assert data[luma] == 0x11
+    data[luma] = 0x31
+    check(bytes(data), np.full((16, 16, 3), 128))
+
+
+@pytest.mark.parametrize("bottom", [None, 3])
+def test_a_png_is_as_good_in_part_as_in_whole(bottom):
+    """Of chunks that say nothing about the pixels the checksums do not count."""
+    data = encode(RGB, "PNG")
+    time = b"tIME" + bytes(7)
+    wrong = data[:33] + struct.pack(">I", 7) + time + b"\0\0\0\0" + data[33:]
+    for odd in (wrong, data[:-12]):  # or without IEND
+        np.testing.assert_array_equal(decode(odd, "here", bottom)[:, :3].permute(1, 2, 0), RGB[:3])
+
+
 def interlaced(pixels: np.ndarray) -> bytes:
     """An RGB PNG in the seven passes of Adam7, which Pillow does not write."""
     passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]

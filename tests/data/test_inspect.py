@@ -80,7 +80,7 @@ def test_unreadable_and_missing_shards_are_faults(folders):
     assert f"{first}: listed in the card, but not there" in faults
     assert f"{second}: not a readable Parquet file" in faults
     assert f"{third}: its checksum is not the card's" in faults
-    assert f"{third}, after row -1: unreadable" in faults
+    assert f"{third}, from row 0 on: unreadable" in faults
 
 
 def test_pairs_on_disk_that_do_not_fit(folders):
