@@ -138,7 +138,9 @@ def _look(
     centre_crop: bool = False,
 ) -> None:
     wanted = set(np.random.default_rng(seed).permutation(total)[:num_examples].tolist())
-    for number, (key, where, clean_bytes, degraded_bytes) in enumerate(track(samples, "looking", total)):
+    for number, (key, where, clean_bytes, degraded_bytes) in enumerate(
+        track(samples, "looking", total, console=Console(stderr=True))
+    ):
         report.num_samples += 1
         report.num_bytes += len(clean_bytes) + len(degraded_bytes or b"")
         try:

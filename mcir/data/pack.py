@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -174,7 +175,7 @@ def _write(path: Path, data: bytes | Callable[[Path], None]) -> None:
 def _run(tasks: Sequence[Callable[[], None]], num_workers: int, what: str) -> None:
     """Every task, in this process or several, with a progress bar. The first error ends them all."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task(what, total=len(tasks))
         if num_workers <= 1 or len(tasks) <= 1:
             for task in tasks:
