@@ -37,7 +37,7 @@ from mcir.data.card import dataset_card
 from mcir.data.decode import decode
 from mcir.data.degrade import AnyDegradation
 from mcir.data.layouts import Pair, Pairs
-from mcir.data.sources import CHECKSUMS, Sample, checksum
+from mcir.data.sources import CHECKSUMS, Row, checksum
 from mcir.errors import UserError
 
 ROW_GROUP_BYTES = 16 * 2**20
@@ -316,7 +316,7 @@ def _write_shard(
             checksums = []
             for group in _row_groups(rows, schema, pairs, options):
                 writer.write_table(pa.Table.from_pylist(group, schema))
-                checksums.append(checksum(map(_sample, group)))
+                checksums.append(checksum(map(_undecoded, group)))
             writer.add_key_value_metadata({CHECKSUMS: json.dumps(checksums)})
 
     _write(path, write)
@@ -340,5 +340,5 @@ def _row_groups(
         yield group
 
 
-def _sample(row: dict[str, Any]) -> Sample:
-    return row["key"], row["clean"]["bytes"], row["degraded"]["bytes"] if "degraded" in row else None
+def _undecoded(row: dict[str, Any]) -> Row:
+    return Row(row["key"], row["clean"]["bytes"], row["degraded"]["bytes"] if "degraded" in row else None, where="")

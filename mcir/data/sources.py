@@ -46,15 +46,12 @@ class Row:
     where: str
 
 
-Sample = tuple[str, bytes | memoryview | None, bytes | memoryview | None]  # key, clean, degraded
-
-
-def checksum(samples: Iterable[Sample]) -> int:
+def checksum(rows: Iterable[Row]) -> int:
     """CRC-32 of the keys and images, one after the other."""
     value = 0
-    for key, clean, degraded in samples:
-        for data in (key.encode(), clean, degraded):
-            value = zlibng_crc32(data or b"", value)  # type: ignore[arg-type]  # any buffer
+    for row in rows:
+        for data in (row.key.encode(), row.clean, row.degraded or b""):
+            value = zlibng_crc32(data, value)  # type: ignore[arg-type]  # any buffer
     return value
 
 
@@ -261,19 +258,21 @@ def _read_group(
         shard = shard.shard(num_shards=shard.num_shards, index=group.index)
         # .iter and not __iter__: the latter would divide the row group among DataLoader workers
         (table,) = shard.iter(batch_size=group.length)
-        keys = map(str, table["key"].to_pylist())
-        samples = list(zip(keys, _bytes(table, "clean"), _bytes(table, "degraded"), strict=True))
-        if group.checksum is not None and checksum(samples) != group.checksum:
+        columns = zip(table["key"].to_pylist(), _bytes(table, "clean"), _bytes(table, "degraded"), strict=True)
+        rows = [
+            Row(str(key), clean or b"", degraded, f"{file}, row {number} (key {key})")
+            for number, (key, clean, degraded) in enumerate(columns, group.first)
+        ]
+        if group.checksum is not None and checksum(rows) != group.checksum:
             raise ValueError("its checksum is wrong")
-        for number, (key, clean, degraded) in enumerate(samples[start:], group.first + start):
-            yield Row(key, clean or b"", degraded, f"{file}, row {number} (key {key})")
+        yield from rows[start:]
     except Exception as error:  # the readers below raise OSError, ArrowInvalid, network errors...
-        rows = f"rows {group.first} to {group.first + group.length - 1} (row group {group.index})"
+        lost = f"rows {group.first} to {group.first + group.length - 1} (row group {group.index})"
         if isinstance(error, ConnectionError):  # after some ten minutes of trying again
             way_out = "the network or the Hub fails: start again later to continue"
         else:
             way_out = "the file was changed after it was packed, or the disk fails: copy or pack it again"
-        raise UserError(f"{file}, {rows} cannot be read: {_first_line(error)}; {way_out}") from error
+        raise UserError(f"{file}, {lost} cannot be read: {_first_line(error)}; {way_out}") from error
 
 
 def _bytes(table: "pa.Table", column: str) -> list[memoryview | None]:
