@@ -9,8 +9,10 @@ without it nobody knows how many rows there are. A unit that turns out unreadabl
 unreadable row on.
 """
 
+import atexit
 import json
 import tarfile
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -248,11 +250,19 @@ def _row_groups(dataset: "IterableDataset", file: int) -> "IterableDataset":
     return dataset.shard(num_shards=dataset.num_shards, index=file).reshard()
 
 
+@lru_cache(maxsize=1)
+def _let_arrow_finish() -> None:
+    """Arrow's threads let go of Python's files a little after the last row is out. Where Python has ended by then they
+    abort the process, or hang it: apache/arrow#34314, #50482."""
+    atexit.register(time.sleep, 0.1)
+
+
 def _read_group(
     dataset: "IterableDataset", files: list[str], groups: list[_Group], unit: int, start: int
 ) -> Iterator[Row]:
     group = groups[unit]
     file = files[group.file]
+    _let_arrow_finish()
     try:
         shard = _row_groups(dataset, group.file)
         shard = shard.shard(num_shards=shard.num_shards, index=group.index)

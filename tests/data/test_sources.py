@@ -193,10 +193,7 @@ def of_the_hub(code: str, folder: Path, endpoint: str, **environment: str) -> An
         "    except UserError as error:\n        return str(error)\n"
     )
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home")} | environment
-    after = (
-        "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)"  # Arrow's threads may not be done with Python's files yet
-    )
-    command = [sys.executable, "-c", before + code + after]
+    command = [sys.executable, "-c", before + code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
