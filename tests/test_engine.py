@@ -161,13 +161,16 @@ def test_a_run_that_cannot_recover_stops_with_the_step_and_the_last_good_checkpo
 
 @pytest.mark.slow
 def test_compiled_blocks_train_the_same(tmp_path):
-    plain = build_engine(validate(tiny_config(tmp_path), "plain"))
+    """The weights move the same way. A large eps, since Adam's steps are else the signs of gradients that are noise."""
+    optim = {"optimizer": {"name": "adam", "lr": 1e-3, "eps": 1e-3}}
+    plain = build_engine(validate(tiny_config(tmp_path, optim=optim), "plain"))
+    start = [parameter.detach().clone() for parameter in plain.model.parameters()]
     plain.fit()
     compute = {"compile": True, "channels_last": True}
-    compiled = build_engine(validate(tiny_config(tmp_path, name="compiled", compute=compute), "compiled"))
+    compiled = build_engine(validate(tiny_config(tmp_path, name="compiled", optim=optim, compute=compute), "compiled"))
     compiled.fit()
-    for (name, a), (_, b) in zip(plain.model.named_parameters(), compiled.model.named_parameters(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), name
+    for (name, a), b, origin in zip(plain.model.named_parameters(), compiled.model.parameters(), start, strict=True):
+        assert (a - b).norm() < 1e-3 * (a - origin).norm(), name
 
 
 @pytest.mark.slow
