@@ -304,7 +304,7 @@ class Loader:
             pin_memory=self._copies is not None,
         )
         for place, image in zip(batch, images, strict=True):  # one by one they stay in the cache
-            place.copy_(torch.from_numpy(np.ascontiguousarray(image)))
+            place.copy_(torch.from_numpy(image))
             if image.dtype == np.uint8 and not as_bytes:
                 place.div_(255)
         if self._copies is None:

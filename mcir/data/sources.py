@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 from imagecodecs import zlibng_crc32
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -287,12 +288,20 @@ def _read_group(
 
 def _bytes(table: "pa.Table", column: str) -> list[memoryview | None]:
     """The image files of a column, which are not copied: its memory lives until the last of them is gone."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
     if column not in table.column_names:
         return [None] * len(table)
-    files = pc.struct_field(table[column], "bytes")
-    return [memoryview(file.as_buffer()).cast("B") if file.is_valid else None for file in files]
+    files: list[memoryview | None] = []
+    for chunk in pc.struct_field(table[column], "bytes").chunks:
+        _, offsets, images = chunk.buffers()
+        images = memoryview(images or b"").cast("B")
+        width = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
+        ends = np.frombuffer(offsets, width, len(chunk) + 1, chunk.offset * width().itemsize).tolist()
+        present = chunk.is_valid().to_pylist()
+        files += [images[ends[i] : ends[i + 1]] if there else None for i, there in enumerate(present)]
+    return files
 
 
 def _read_files(pairs: tuple[Pair, ...], unit: int, start: int) -> Iterator[Row]:

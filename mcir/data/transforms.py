@@ -8,7 +8,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from mcir.data.decode import decode, image_size
@@ -40,7 +39,7 @@ def training_pair(
 ) -> tuple[Pixels, Pixels]:
     """(degraded, clean): the same random window of both, clean `crop_size` pixels square, degraded crop_size / scale.
 
-    Images are decoded as far down as the window reaches. Flipped and turned by their strides: for the caller to copy.
+    Images are decoded as far down as the window reaches.
 
     UserError where the pair's sizes do not fit each other or the image is smaller than the crop.
     """
@@ -58,9 +57,10 @@ def training_pair(
     if isinstance(degradation, Bicubic):
         multiple = clean[:, : height * scale, : width * scale]
         degraded = imresize_crop(multiple, 1 / scale, top, left, size, size)
-    clean = _crop(clean, top * scale, left * scale, crop_size)
+    clean = clean[:, top * scale : top * scale + crop_size, left * scale : left * scale + crop_size]
     if row.degraded is not None:
-        degraded = _crop(decode(row.degraded, f"{row.where}, degraded", bottom=top + size), top, left, size)
+        degraded = decode(row.degraded, f"{row.where}, degraded", bottom=top + size)
+        degraded = degraded[:, top : top + size, left : left + size]
     elif not isinstance(degradation, Bicubic):
         assert degradation is not None
         degraded = degradation(clean, rng)
@@ -86,11 +86,6 @@ def _degraded_size(row: Row, scale: int, degradation: AnyDegradation | None) -> 
     return size
 
 
-def _crop(image: Tensor, top: int, left: int, size: int) -> Tensor:
-    """A copy, as it lies, which lets go of the whole image."""
-    return torch.from_numpy(image[:, top : top + size, left : left + size].numpy().copy(order="K"))
-
-
 def _augment(augment: Augment, rng: np.random.Generator, *images: Tensor) -> tuple[Pixels, Pixels]:
     vertical = horizontal = transpose = False
     if augment == "dihedral":
@@ -101,5 +96,6 @@ def _augment(augment: Augment, rng: np.random.Generator, *images: Tensor) -> tup
         draw = int(rng.integers(4))
         vertical, horizontal = draw == 1, draw == 2
     rows, columns = slice(None, None, -1 if vertical else 1), slice(None, None, -1 if horizontal else 1)
-    degraded, clean = (image.numpy()[:, rows, columns] for image in images)
-    return (degraded.swapaxes(1, 2), clean.swapaxes(1, 2)) if transpose else (degraded, clean)
+    views = (image.numpy()[:, rows, columns] for image in images)
+    degraded, clean = (np.ascontiguousarray(view.swapaxes(1, 2) if transpose else view) for view in views)
+    return degraded, clean

@@ -105,6 +105,23 @@ def test_every_source_gives_the_exact_rows_from_any_row_on(kind, dataset, tmp_pa
         assert units.lengths == (FILES_IN_A_UNIT, 5)
 
 
+@pytest.mark.parametrize("binary", [pa.binary(), pa.large_binary()])
+def test_images_are_views_of_the_column_and_some_may_be_missing(binary, tmp_path):
+    image = pa.struct({"bytes": binary, "path": pa.string()})
+    files = [b"one", b"", b"seven..", None, None, b"four"]
+    images = [{"bytes": file, "path": None} for file in files]
+    images[4] = None
+    columns = {"key": list("abcdef"), "clean": [{"bytes": b"c" * 5, "path": None}] * 6, "degraded": images}
+    schema = pa.schema({"key": pa.string(), "clean": image, "degraded": image})
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table(columns, schema), file, row_group_size=4)
+    rows = list(ParquetSource(path=str(file)).open())
+    assert [row.degraded for row in rows] == files
+    addresses = [np.frombuffer(row.clean, np.uint8).ctypes.data for row in rows]
+    for group in (addresses[:4], addresses[4:]):
+        assert set(np.diff(group).tolist()) == {5}
+
+
 @pytest.mark.parametrize("kind", ["folders", "tars"])
 def test_a_run_resumes_inside_a_unit(kind, dataset, tmp_path):
     expected = {key: clean for key, clean, _ in expected_rows(dataset)}
