@@ -41,7 +41,7 @@ def test_every_file_the_readme_links_to_exists():
 
 def test_two_commands_use_the_lock():
     for marker in ("quick start", "tests"):
-        assert "uv pip install -r requirements.lock -e ." in block(marker)
+        assert "uv pip install -p .venv -r requirements.lock -e ." in block(marker)
     lock = (ROOT / "requirements.lock").read_text()
     assert "://" not in lock
     assert all("==" in line for line in lock.splitlines() if line and not line.startswith("#"))
