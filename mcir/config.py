@@ -18,8 +18,8 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from mcir.archs import AnyArch
 from mcir.data.degrade import AnyDegradation
-from mcir.data.loader import DataConfig
 from mcir.data.sources import AnySource
+from mcir.data.stream import DataConfig
 from mcir.errors import UserError
 from mcir.losses.objective import ObjectiveConfig
 from mcir.metrics import PROTOCOLS

@@ -1,4 +1,4 @@
-"""Batches with an exact position: what the n-th sample is depends on the seed alone (order.py), so resuming is
+"""Batches with an exact position: what the n-th sample is depends on the seed alone (stream.py), so resuming is
 counting.
 
 Rank r of R takes every R-th position; worker w of W every W-th of those; the main process puts them back in order.
@@ -11,24 +11,20 @@ import logging
 import math
 import multiprocessing
 import signal
-import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import cycle, islice, repeat
-from typing import Any, Literal
+from itertools import cycle, islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mcir.data.degrade import AnyDegradation
-from mcir.data.order import Mixture, Order
-from mcir.data.sources import AnySource, Row, Units
-from mcir.data.transforms import Augment, Pixels, training_pair
+from mcir.data.stream import DataConfig, Failure, Sample, SampleStream
+from mcir.data.transforms import Pixels
 from mcir.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -46,51 +42,12 @@ class Batch:
     key: list[str]
 
 
-class TrainSource(BaseModel):
-    """One source of the training mixture."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    source: AnySource
-    weight: PositiveFloat = 1.0
-    """Share of this source in the mixture, relative to the others."""
-    degradation: AnyDegradation | None = None
-    """Makes `degraded` on the fly where the source holds clean images only."""
-
-
-class DataConfig(BaseModel):
-    """Training data."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    train: tuple[TrainSource, ...] = Field(min_length=1)
-    crop_size: PositiveInt
-    """Side of the clean crop in pixels; degraded crops are crop_size / scale."""
-    augment: Augment = "dihedral"
-    """dihedral (8 flips and rotations), hflip, flips (none, none, horizontal, vertical: as IDT), none."""
-    num_workers: NonNegativeInt = 4
-    """Decoding processes of each rank."""
-    shuffle_buffer: PositiveInt = 1024
-    """Undecoded rows that a process may hold for shuffling."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """What a row that cannot be used does: stop the run, or be left out of its batch, counted and logged. A unit (row
-    group, tar, file) that turns unreadable counts row by row; one that cannot even be opened always stops the run."""
-
-
-@dataclass(frozen=True)
-class _Failure:
-    message: str
-
-
-_Sample = tuple[str, Pixels, Pixels]
-
-
 @dataclass(frozen=True)
 class _Chunk:
     """Some samples of one worker, in order: a key or a failure each. Images of 8 bits lie in `slot` of its memory, by
     the sample's place among these; others come along."""
 
-    labels: list[str | _Failure]
+    labels: list[str | Failure]
     slot: int
     others: dict[int, tuple[Pixels, Pixels]]
 
@@ -112,11 +69,11 @@ class _Memory:
                 "enlarge it (docker run --shm-size) or take fewer workers"
             ) from error
 
-    def store(self, worker: int, slot: int, samples: Iterable[_Sample | _Failure]) -> _Chunk:
+    def store(self, worker: int, slot: int, samples: Iterable[Sample | Failure]) -> _Chunk:
         chunk = _Chunk([], slot, {})
         places = zip(self.degraded[worker, slot].numpy(), self.clean[worker, slot].numpy(), strict=True)
         for i, (sample, place) in enumerate(zip(samples, places, strict=True)):
-            if isinstance(sample, _Failure):
+            if isinstance(sample, Failure):
                 chunk.labels.append(sample)
                 continue
             key, *images = sample
@@ -128,104 +85,26 @@ class _Memory:
                 chunk.others[i] = images[0], images[1]
         return chunk
 
-    def load(self, worker: int, chunk: _Chunk) -> Iterator[_Sample | _Failure]:
+    def load(self, worker: int, chunk: _Chunk) -> Iterator[Sample | Failure]:
         """The images are views, and the worker writes there again when it comes back to this slot."""
         places = zip(self.degraded[worker, chunk.slot].numpy(), self.clean[worker, chunk.slot].numpy(), strict=True)
         for i, (label, place) in enumerate(zip(chunk.labels, places, strict=True)):
-            yield label if isinstance(label, _Failure) else (label, *chunk.others.get(i, place))
+            yield label if isinstance(label, Failure) else (label, *chunk.others.get(i, place))
 
 
-class _SampleStream(IterableDataset):
-    """This rank's samples from `position` on, for ever; a worker yields every W-th of them, `chunk` at a time."""
+class _Worker(IterableDataset):
+    """What one process of W yields: every W-th of this rank's samples from `position` on, `chunk` at a time."""
 
-    def __init__(self, data: DataConfig, scale: int, seed: int, position: int, stride: int, chunk: int) -> None:
-        self.data, self.scale, self.seed = data, scale, seed
+    def __init__(self, stream: SampleStream, memory: _Memory, position: int, stride: int, chunk: int) -> None:
+        self.stream, self.memory = stream, memory
         self.position, self.stride, self.chunk = position, stride, chunk
-        try:
-            self.mixture = Mixture.of([train.weight for train in data.train], seed)
-        except ValueError as error:
-            raise UserError(f"data.train: {error}") from error
-        self.units = [train.source.open() for train in data.train]  # once, for all workers
-        self.memory: _Memory | None = None
 
     def __iter__(self) -> Iterator[_Chunk]:
         worker = get_worker_info()
         assert worker is not None
-        assert self.memory is not None
-        samples = self.samples(self.position + worker.id * self.stride, worker.num_workers * self.stride)
+        samples = self.stream.samples(self.position + worker.id * self.stride, worker.num_workers * self.stride)
         for slot in cycle(range(self.memory.num_slots)):
             yield self.memory.store(worker.id, slot, islice(samples, self.chunk))
-
-    def samples(self, position: int, stride: int) -> Iterator[_Sample | _Failure]:
-        """The samples at `position`, `position + stride`, ..."""
-        streams = [_Stream(units, self.seed + i, self.data.shuffle_buffer) for i, units in enumerate(self.units)]
-        while True:
-            which, index = self.mixture.locate(position)
-            train = self.data.train[which]
-            try:
-                epoch, row = streams[which].read(index)
-                # not hash(): it differs between processes
-                rng = np.random.default_rng([self.seed, epoch, which, zlib.crc32(row.key.encode())])
-                pair = training_pair(row, self.data.crop_size, self.scale, train.degradation, self.data.augment, rng)
-                sample: _Sample | _Failure = (row.key, *pair)
-            except UserError as error:
-                sample = _Failure(str(error))
-            yield sample  # outside of try: a program that ends here has no UserError left to compare with
-            position += stride
-
-
-class _Stream:
-    """Random access by rising index to one source, holding the current window of each lane that is asked for."""
-
-    def __init__(self, units: Units, seed: int, buffer: int) -> None:
-        self.units = units
-        self.order = Order(units.lengths, seed, buffer)
-        self.windows: dict[int, _Window] = {}  # of each lane
-        self.readers: dict[int, tuple[int, int, Iterator[Row | UserError]]] = {}  # lane -> (epoch, next row, reader)
-
-    def read(self, index: int) -> tuple[int, Row]:
-        """(epoch, row) of a sample. UserError where its row cannot be read."""
-        epoch, lane, place = self.order.locate(index)
-        window = self.windows.get(lane)
-        if window is None or window.epoch != epoch or not window.first <= place < window.last:
-            window = self.windows[lane] = self._window(epoch, lane, place)
-        row = window.rows[place - window.first]
-        if isinstance(row, UserError):
-            raise row
-        return epoch, row
-
-    def _window(self, epoch: int, lane: int, place: int) -> "_Window":
-        first, last, permutation = self.order.window_of(epoch, lane, place)
-        at_epoch, at, reader = self.readers.get(lane, (-1, -1, iter(())))
-        if (at_epoch, at) != (epoch, first):
-            reader = self._sequence(epoch, self.order.lane_range(lane)[0] + first)
-        rows = list(islice(reader, last - first))
-        self.readers[lane] = (epoch, last, reader)
-        return _Window(epoch, first, last, [rows[row] for row in permutation])
-
-    def _sequence(self, epoch: int, row: int) -> Iterator[Row | UserError]:
-        """The epoch's rows from `row` on. Where a unit cannot be read (any further), each of its rows left is an error,
-        so that every position still has its one outcome."""
-        while row < self.order.num_rows:
-            _, unit, start = self.order.unit_at(epoch, row)
-            left = self.order.lengths[unit] - start
-            row += left
-            try:
-                for read in self.units.rows(unit, start):
-                    left -= 1
-                    yield read
-            except UserError as error:
-                yield from repeat(error, left)
-
-
-@dataclass(frozen=True)
-class _Window:
-    """The rows of places `first` to `last` - 1 of a lane, in the order of the samples."""
-
-    epoch: int
-    first: int
-    last: int
-    rows: list[Row | UserError]
 
 
 class Loader:
@@ -257,8 +136,8 @@ class Loader:
         with closing(self._samples(share)) as stream:  # an error keeps this frame, and must not keep the workers
             while True:
                 batch = list(islice(stream, share))
-                good = [sample for sample in batch if not isinstance(sample, _Failure)]
-                failures = [sample for sample in batch if isinstance(sample, _Failure)]
+                good = [sample for sample in batch if not isinstance(sample, Failure)]
+                failures = [sample for sample in batch if isinstance(sample, Failure)]
                 for failure in failures:
                     if self.data.on_error == "fail":
                         raise UserError(failure.message)
@@ -270,20 +149,20 @@ class Loader:
                 keys, degraded, clean = zip(*good, strict=True)
                 yield Batch(self._to_device(degraded), self._to_device(clean), list(keys))
 
-    def _samples(self, batch_size: int) -> Generator[_Sample | _Failure]:
+    def _samples(self, batch_size: int) -> Generator[Sample | Failure]:
         """This rank's samples in order, `batch_size` of them in a batch."""
         _keep_freed_memory()
         position, num_workers = self.position + self.rank, self.data.num_workers
-        chunk = max(1, batch_size // max(1, num_workers))
-        stream = _SampleStream(self.data, self.scale, self.seed, position, self.world_size, chunk)
+        stream = SampleStream(self.data, self.scale, self.seed)
         if not num_workers:
             yield from stream.samples(position, self.world_size)
+        chunk = max(1, batch_size // num_workers)
         ahead = max(2, -(-2 * batch_size // (num_workers * chunk)))
         # A batch may hold views of three chunks of a worker, and the worker be `ahead` chunks further.
-        memory = stream.memory = _Memory(num_workers, ahead + 3, chunk, self.data.crop_size, self.scale)
+        memory = _Memory(num_workers, ahead + 3, chunk, self.data.crop_size, self.scale)
         chunks = iter(
             DataLoader(
-                stream,
+                _Worker(stream, memory, position, self.world_size, chunk),
                 batch_size=None,  # a worker yields chunks of its own, not batches: so it reads its own lanes alone
                 num_workers=num_workers,
                 prefetch_factor=ahead,

@@ -33,10 +33,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms.functional import crop, hflip, to_tensor
 
 from mcir.data.layouts import pair_folders
-from mcir.data.loader import DataConfig, Loader, _Stream
+from mcir.data.loader import Loader
 from mcir.data.order import Order
 from mcir.data.pack import ROW_GROUP_BYTES, Options, pack
 from mcir.data.sources import Row, Units
+from mcir.data.stream import DataConfig, SourceStream
 
 SIDE, CROP, BATCH = 480, 192, 16
 BUFFER, WORLD_SIZES = 1024, (1, 2, 4, 8)
@@ -179,7 +180,7 @@ def fetched(lengths: tuple[int, ...], world_size: int) -> float:
         yield from itertools.repeat(Row("", b"", None, ""), lengths[unit] - start)
 
     for rank in range(world_size):
-        stream = _Stream(Units(lengths, rows), seed=0, buffer=BUFFER)
+        stream = SourceStream(Units(lengths, rows), seed=0, buffer=BUFFER)
         for index in range(rank, sum(lengths), world_size):
             stream.read(index)
     return num_fetched / sum(lengths)

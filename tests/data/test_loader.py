@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from mcir.config import validate
-from mcir.data.loader import DataConfig, Loader
+from mcir.data.loader import Loader
 from mcir.data.resize import imresize
 from mcir.data.sources import ParquetSource
+from mcir.data.stream import DataConfig
 from mcir.errors import UserError
 from tests.runs import png, tiny_config, write_dataset
 
@@ -155,7 +156,8 @@ def test_augmentations_are_those_of_their_group(tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small /dev/shm takes root")
 def test_too_little_shared_memory_is_said_at_the_start(folder):
     code = (
-        "import sys\nfrom mcir.data.loader import DataConfig, Loader\nfrom mcir.errors import UserError\n"
+        "import sys\nfrom mcir.data.loader import Loader\nfrom mcir.data.stream import DataConfig\n"
+        "from mcir.errors import UserError\n"
         "data = DataConfig.model_validate_json(sys.argv[1])\n"
         "try:\n    next(iter(Loader(data, scale=2, batch_size=600, seed=0)))\n"
         "except UserError as error:\n    print(error)"
@@ -228,7 +230,7 @@ def test_a_source_without_degraded_images_needs_a_degradation(tmp_path):
 def test_a_program_that_ends_in_the_middle_of_an_epoch_ends(folder):
     """Its workers ignore the SIGTERM by which multiprocessing ends children that are left."""
     code = (
-        "import sys\nfrom mcir.data.loader import DataConfig, Loader\n"
+        "import sys\nfrom mcir.data.loader import Loader\nfrom mcir.data.stream import DataConfig\n"
         "data = DataConfig.model_validate_json(sys.argv[1])\n"
         "batches = iter(Loader(data, scale=2, batch_size=4, seed=0))\n"
         "print(len(next(batches).key))"

@@ -1,0 +1,142 @@
+"""The samples of a mixture of sources by position: what the n-th one is depends on the seed alone (order.py)."""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice, repeat
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from mcir.data.degrade import AnyDegradation
+from mcir.data.order import Mixture, Order
+from mcir.data.sources import AnySource, Row, Units
+from mcir.data.transforms import Augment, Pixels, training_pair
+from mcir.errors import UserError
+
+
+class TrainSource(BaseModel):
+    """One source of the training mixture."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    source: AnySource
+    weight: PositiveFloat = 1.0
+    """Share of this source in the mixture, relative to the others."""
+    degradation: AnyDegradation | None = None
+    """Makes `degraded` on the fly where the source holds clean images only."""
+
+
+class DataConfig(BaseModel):
+    """Training data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    train: tuple[TrainSource, ...] = Field(min_length=1)
+    crop_size: PositiveInt
+    """Side of the clean crop in pixels; degraded crops are crop_size / scale."""
+    augment: Augment = "dihedral"
+    """dihedral (8 flips and rotations), hflip, flips (none, none, horizontal, vertical: as IDT), none."""
+    num_workers: NonNegativeInt = 4
+    """Decoding processes of each rank."""
+    shuffle_buffer: PositiveInt = 1024
+    """Undecoded rows that a process may hold for shuffling."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a row that cannot be used does: stop the run, or be left out of its batch, counted and logged. A unit (row
+    group, tar, file) that turns unreadable counts row by row; one that cannot even be opened always stops the run."""
+
+
+Sample = tuple[str, Pixels, Pixels]
+"""key, degraded (3, h, w), clean (3, s * h, s * w)"""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Takes the place of a sample that cannot be had."""
+
+    message: str
+
+
+class SampleStream:
+    """The samples of all sources of `data`, which are opened here once, for all workers."""
+
+    def __init__(self, data: DataConfig, scale: int, seed: int) -> None:
+        """UserError where a source cannot be opened or holds nothing."""
+        self.data, self.scale, self.seed = data, scale, seed
+        try:
+            self.mixture = Mixture.of([train.weight for train in data.train], seed)
+        except ValueError as error:
+            raise UserError(f"data.train: {error}") from error
+        self.units = [train.source.open() for train in data.train]
+
+    def samples(self, position: int, stride: int) -> Iterator[Sample | Failure]:
+        """Those at `position`, `position + stride`, ..., for ever."""
+        streams = [SourceStream(units, self.seed + i, self.data.shuffle_buffer) for i, units in enumerate(self.units)]
+        while True:
+            which, index = self.mixture.locate(position)
+            train = self.data.train[which]
+            try:
+                epoch, row = streams[which].read(index)
+                # not hash(): it differs between processes
+                rng = np.random.default_rng([self.seed, epoch, which, zlib.crc32(row.key.encode())])
+                pair = training_pair(row, self.data.crop_size, self.scale, train.degradation, self.data.augment, rng)
+                sample: Sample | Failure = (row.key, *pair)
+            except UserError as error:
+                sample = Failure(str(error))
+            yield sample  # outside of try: a program that ends here has no UserError left to compare with
+            position += stride
+
+
+class SourceStream:
+    """Random access by rising index to one source, holding the current window of each lane that is asked for."""
+
+    def __init__(self, units: Units, seed: int, buffer: int) -> None:
+        self.units = units
+        self.order = Order(units.lengths, seed, buffer)
+        self.windows: dict[int, _Window] = {}  # of each lane
+        self.readers: dict[int, tuple[int, int, Iterator[Row | UserError]]] = {}  # lane -> (epoch, next row, reader)
+
+    def read(self, index: int) -> tuple[int, Row]:
+        """(epoch, row) of a sample. UserError where its row cannot be read."""
+        epoch, lane, place = self.order.locate(index)
+        window = self.windows.get(lane)
+        if window is None or window.epoch != epoch or not window.first <= place < window.last:
+            window = self.windows[lane] = self._window(epoch, lane, place)
+        row = window.rows[place - window.first]
+        if isinstance(row, UserError):
+            raise row
+        return epoch, row
+
+    def _window(self, epoch: int, lane: int, place: int) -> "_Window":
+        first, last, permutation = self.order.window_of(epoch, lane, place)
+        at_epoch, at, reader = self.readers.get(lane, (-1, -1, iter(())))
+        if (at_epoch, at) != (epoch, first):
+            reader = self._sequence(epoch, self.order.lane_range(lane)[0] + first)
+        rows = list(islice(reader, last - first))
+        self.readers[lane] = (epoch, last, reader)
+        return _Window(epoch, first, last, [rows[row] for row in permutation])
+
+    def _sequence(self, epoch: int, row: int) -> Iterator[Row | UserError]:
+        """The epoch's rows from `row` on. Where a unit cannot be read (any further), each of its rows left is an error,
+        so that every position still has its one outcome."""
+        while row < self.order.num_rows:
+            _, unit, start = self.order.unit_at(epoch, row)
+            left = self.order.lengths[unit] - start
+            row += left
+            try:
+                for read in self.units.rows(unit, start):
+                    left -= 1
+                    yield read
+            except UserError as error:
+                yield from repeat(error, left)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The rows of places `first` to `last` - 1 of a lane, in the order of the samples."""
+
+    epoch: int
+    first: int
+    last: int
+    rows: list[Row | UserError]
