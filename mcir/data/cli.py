@@ -1,7 +1,7 @@
 """`mcir data …`: parsing only. Heavy imports are inside the commands, so that --help answers at once."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,8 +13,16 @@ Layout = Annotated[
     str | None, typer.Option(help="Name of a published dataset's layout; SOURCE is where it was unpacked.")
 ]
 Degraded = Annotated[Path | None, typer.Option(help="Folder of degraded images with the names of those in SOURCE.")]
-Split = Annotated[str | None, typer.Option(help="Part of a layout that holds several, such as train or test.")]
+Split = Annotated[str | None, typer.Option(help="Part of a layout that has several, such as train or test.")]
 Scale = Annotated[int, typer.Option(min=1, help="Clean side / degraded side; 1 where they are equal.")]
+
+_SPLITS: dict[str | None, Literal["train", "validation", "test"]] = {  # what a layout or a user calls a part -> the Hub
+    None: "train",
+    "train": "train",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
 
 
 @app.command()
@@ -23,7 +31,9 @@ def pack(
     output: Annotated[Path, typer.Argument(help="Folder for the Parquet shards and their README.md.")],
     layout: Layout = None,
     degraded: Degraded = None,
-    split: Split = None,
+    split: Annotated[
+        str | None, typer.Option(help="Part of a layout that has several; also names the shards (train).")
+    ] = None,
     scale: Scale = 1,
     crop_size: Annotated[
         int | None, typer.Option(help="Cut clean images into squares of this side (DIV2K: 480).")
@@ -36,12 +46,16 @@ def pack(
     degradation: Annotated[
         str | None, typer.Option(help="Makes degraded images of clean ones, such as '{name: bicubic, scale: 4}'.")
     ] = None,
-    num_workers: Annotated[int, typer.Option(help="Processes.")] = 4,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes.")] = 4,
 ) -> None:
     """Write image folders as the Parquet shards that training and evaluation stream. Interrupted, it continues."""
+    from pyarrow.parquet import read_metadata
+
     from mcir.data.pack import Options
     from mcir.data.pack import pack as write
 
+    if split not in _SPLITS:
+        raise UserError(f"--split {split}: choose train, validation or test, or one that the --layout has")
     if crop_format not in ("png", "webp"):
         raise UserError(f"--crop-format {crop_format}: choose png or webp")
     options = Options(
@@ -52,13 +66,14 @@ def pack(
         num_shards=num_shards,
         shard_bytes=shard_mib * 2**20,
         degradation=_degradation(degradation),
-        split="test" if split == "test" else "validation" if split == "validation" else "train",
+        split=_SPLITS[split],
     )
     pairs = _pairs(source, layout, degraded, split, scale)
     if pairs.note:
         print(f"{pairs.title}: {pairs.note}")
     shards = write(pairs, output, options, num_workers)
-    print(f"{len(pairs.samples)} samples in {len(shards)} shards in {output}")
+    num_rows = sum(read_metadata(shard).num_rows for shard in shards)
+    print(f"{output}: {num_rows} samples in {len(shards)} shard{'s' if len(shards) > 1 else ''}")
 
 
 @app.command()
@@ -74,12 +89,19 @@ def inspect(
 ) -> None:
     """Count, measure and decode every image; print what is wrong. Exit code 1 where anything is."""
     from mcir.data.inspect import contact_sheet, inspect_packed, inspect_pairs
+    from mcir.report import png, require_writable, write_whole
 
+    if sheet:
+        require_writable(sheet)
     packed = layout is None and degraded is None and any(source.glob("**/*.parquet"))
+    if split and layout is None:
+        raise UserError("--split goes with a --layout, which knows where its parts are")
+    if packed and scale > 1:
+        raise UserError(f"--scale goes with folders: the shards of {source} say themselves what scale their pairs have")
     report = inspect_packed(source) if packed else inspect_pairs(_pairs(source, layout, degraded, split, scale))
     report.print()
     if sheet:
-        contact_sheet(report.examples).save(sheet)
+        write_whole(sheet, png(contact_sheet(report.examples)))
     raise typer.Exit(1 if report.faults else 0)
 
 
@@ -94,7 +116,7 @@ def _degradation(text: str | None) -> Any:
     try:
         return TypeAdapter(AnyDegradation).validate_python(parse_yaml(text, "--degradation"))
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors())
+        faults = "; ".join(": ".join([*map(str, f["loc"]), f["msg"]]) for f in error.errors())
         raise UserError(f"--degradation {text}: {faults}") from None
 
 
