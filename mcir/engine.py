@@ -22,7 +22,7 @@ from mcir.config import RunConfig, dump
 from mcir.data.loader import Batch, Loader
 from mcir.ema import EMA
 from mcir.errors import UserError
-from mcir.evaluate import Picture, Scores, baseline, evaluate
+from mcir.evaluate import Picture, Scores, baseline, evaluate, try_first
 from mcir.inference import infer
 from mcir.losses.objective import Objective
 from mcir.negatives import Negatives
@@ -132,6 +132,8 @@ class Engine:
         tracker = Tracker(self.accelerator, self.run_dir, self.num_steps + 1, config.steps)
         with self.record, tracker, StopRequest(self.accelerator, config.compute.timeout_s) as stop:
             tracker.message(f"{self.run_dir}: {self}; curves: tensorboard --logdir {self.run_dir.parent}")
+            if config.validation:
+                try_first(config.validation.sets, self.arch.descriptor.scale)
             exit_code = 0
             while self.num_steps < config.steps and not exit_code:
                 waited = time.perf_counter()

@@ -21,6 +21,7 @@ from torch import distributed as dist
 from mcir.config import ValidationSet
 from mcir.data.loader import to_float
 from mcir.data.resize import imresize
+from mcir.data.sources import Row
 from mcir.data.transforms import validation_pair
 from mcir.errors import UserError
 from mcir.inference import is_out_of_memory
@@ -70,9 +71,7 @@ def evaluate(
     for index, row in enumerate(data.source.open()):
         if index % accelerator.num_processes != accelerator.process_index:
             continue
-        rng = np.random.default_rng([0, zlib.crc32(row.key.encode())])
-        pair = validation_pair(row, scale, data.degradation, rng)
-        degraded, clean = (to_float(image[None]).to(accelerator.device) for image in pair)
+        degraded, clean = (to_float(image[None]).to(accelerator.device) for image in _pair(row, data, scale))
         try:
             restored = restore(degraded)
         except (RuntimeError, MemoryError) as error:
@@ -100,6 +99,22 @@ def evaluate(
         raise UserError(f"no images to measure on in {data.source}")
     metrics = {metric: [image[2][metric] for image in images] for metric in images[0][2]}
     return Scores([image[1] for image in images], metrics), [image[3] for image in images if image[3] is not None]
+
+
+def try_first(sets: Mapping[str, ValidationSet], scale: int) -> None:
+    """Open the sets and decode the first pair of each. UserError where that fails: better now than after hours."""
+    for name, data in sets.items():
+        try:
+            row = next(iter(data.source.open()), None)
+            if row is None:
+                raise UserError("no images to measure on")
+            _pair(row, data, scale)
+        except UserError as error:
+            raise UserError(f"validation.sets.{name}: {error}") from error
+
+
+def _pair(row: Row, data: ValidationSet, scale: int) -> tuple[Tensor, Tensor]:
+    return validation_pair(row, scale, data.degradation, np.random.default_rng([0, zlib.crc32(row.key.encode())]))
 
 
 def baseline(scale: int) -> Restore:

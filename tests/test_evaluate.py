@@ -73,6 +73,27 @@ def test_no_images_are_an_error(tmp_path, monkeypatch):
         evaluate(lambda image: image, write_pairs(tmp_path, [1]), 1, build_accelerator())
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"format": "folders", "clean": "none"}, "none is not a folder"),
+        ({"format": "parquet", "path": "{}/data"}, "has no degraded image"),
+        ({"format": "folders", "clean": "{}/small/clean", "degraded": "{}/small/degraded"}, "at scale 2"),
+    ],
+)
+def test_a_set_that_cannot_be_measured_on_stops_the_run_before_its_first_step(tmp_path, source, message):
+    write_pairs(tmp_path / "small", [1])
+    values = tiny_config(tmp_path)
+    bicubic = {"name": "bicubic", "scale": 2}
+    source = {key: value.format(tmp_path) for key, value in source.items()}
+    good = {"source": values["data"]["train"][0]["source"], "degradation": bicubic, "protocol": "sr"}
+    values["validation"] = {"every": 3, "sets": {"good": good, "bad": {"source": source, "protocol": "sr"}}}
+    engine = build_engine(validate(values, "run"))
+    with pytest.raises(UserError, match=rf"^validation.sets.bad: .*{message}"):
+        engine.fit()
+    assert engine.num_steps == 0
+
+
 @pytest.mark.parametrize("case", ["ema", "target", "tiles"])
 def test_validation_in_a_run_is_mcir_evaluate_to_the_last_digit(tmp_path, monkeypatch, case):
     values = tiny_config(tmp_path, steps=4, checkpoint={"every": 2}, objective={"spn": None})
