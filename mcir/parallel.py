@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
@@ -57,6 +58,7 @@ def build_accelerator(
     if zero:
         _require_deepspeed()
     wanted = _precision(precision)
+    _check_first_precision("no" if zero else wanted)
     process_group = InitProcessGroupKwargs(
         backend="gloo" if rehearsal and zero else None, timeout=timedelta(seconds=timeout_s)
     )
@@ -146,16 +148,26 @@ def _check_devices(world_size: int) -> bool:
     return True
 
 
-def _precision(precision: str | None) -> str | None:
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+def _precision(precision: str | None) -> str:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision is None:
-        if launched not in (None, "no", "bf16"):
+        if launched not in ("no", "bf16"):
             raise UserError(f"the launch file's mixed_precision is {launched}; mcir trains in bf16 or in fp32 (`no`)")
         return launched
     wanted = {"fp32": "no", "bf16": "bf16"}[precision]
     if launched == "bf16" and wanted == "no":
         raise UserError("compute.precision is fp32 and the launch file's mixed_precision is bf16: make them agree")
     return wanted
+
+
+def _check_first_precision(wanted: str) -> None:
+    """Accelerate keeps one precision a process, that of its first run, and would give it to this one."""
+    if is_initialized() and (kept := AcceleratorState().mixed_precision) != wanted:
+        now, before = ({"no": "fp32"}.get(name, name) for name in (wanted, kept))
+        raise UserError(
+            f"this run computes in {now} and an earlier one of this process in {before}, which Accelerate keeps: "
+            "train each precision in a process of its own"
+        )
 
 
 def _require_deepspeed() -> None:

@@ -1,10 +1,11 @@
-"""What tests need of their surroundings: the shared golden data, a GPU."""
+"""What tests need of their surroundings: the shared golden data, a GPU, a process that computes in no precision yet."""
 
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 SHARED = Path(os.environ.get("MCIR_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -21,6 +22,13 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("no shared/data beside this checkout (set MCIR_SHARED)")
     return SHARED / "data"
+
+
+@pytest.fixture(autouse=True)
+def _own_precision():
+    """Accelerate keeps one precision a process: no test leaves its own to the next."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

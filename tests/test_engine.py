@@ -159,6 +159,14 @@ def test_a_run_that_cannot_recover_stops_with_the_step_and_the_last_good_checkpo
         engine.fit()
 
 
+@pytest.mark.parametrize(("first", "second"), [("bf16", None), ("bf16", "fp32"), (None, "bf16")])
+def test_a_run_gets_its_precision_or_is_refused(first, second, tmp_path):
+    build_engine(validate(tiny_config(tmp_path, compute={"precision": first}), "first"))
+    again = validate(tiny_config(tmp_path, name="again", compute={"precision": second}), "second")
+    with pytest.raises(UserError, match=f"in {second or 'fp32'} and an earlier .* in {first or 'fp32'}"):
+        build_engine(again)
+
+
 @pytest.mark.slow
 def test_compiled_blocks_train_the_same(tmp_path):
     """The weights move the same way. No negative starts as the target: SPN's gradient would be the signs of differences

@@ -31,14 +31,6 @@ OWN: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_precision():
-    """Accelerate keeps one precision a process: each run here has its own, and leaves none behind."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def engine_of(arch: dict[str, Any], size: int, folder: Path, **overrides: Any) -> Engine:
     """A run of `arch` on pairs of its scale with degraded crops of `size`, two negatives and random features."""
     scale = parse(arch).descriptor.scale
