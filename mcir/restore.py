@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from mcir.archs.base import Descriptor
+from mcir.data.layouts import files_below
 from mcir.errors import UserError
 from mcir.images import SUFFIXES, Picture, open_header, read, to_rgb, with_rgb, write
 from mcir.inference import check_tiles, infer, is_out_of_memory
@@ -119,7 +120,7 @@ def find(pattern: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
         yield path, Path(path.name)
         return
     if path.is_dir():
-        root, found = path, sorted(path.rglob("*"))
+        root, found = path, files_below(path, SUFFIXES)
     elif glob.has_magic(pattern):
         fixed = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
         root, found = Path(*path.parts[:fixed]), [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from mcir.config import ValidationSet, load, parse_yaml
 from mcir.data.degrade import Bicubic
+from mcir.data.layouts import files_below
 from mcir.errors import UserError
 from mcir.metrics import PROTOCOLS
 from mcir.trained import faults, split_name
@@ -82,7 +83,7 @@ def read_place(place: str) -> list[tuple[str, dict[str, Any], Any]]:
     if path.is_dir():
         if next(path.glob("*.tar"), None):
             source = {"format": "tars", "path": str(path)}
-        elif not next(path.rglob("*.parquet"), None):
+        elif not files_below(path, [".parquet"]):
             source = {"format": "folders", "clean": str(path)}
     elif path.suffix == ".tar":
         source = {"format": "tars", "path": str(path)}

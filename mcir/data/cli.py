@@ -89,11 +89,12 @@ def inspect(
 ) -> None:
     """Count, measure and decode every image; print what is wrong. Exit code 1 where anything is."""
     from mcir.data.inspect import contact_sheet, inspect_packed, inspect_pairs
+    from mcir.data.layouts import files_below
     from mcir.report import png, require_writable, write_whole
 
     if sheet:
         require_writable(sheet)
-    packed = layout is None and degraded is None and any(source.glob("**/*.parquet"))
+    packed = layout is None and degraded is None and bool(files_below(source, [".parquet"]))
     if split and layout is None:
         raise UserError("--split goes with a --layout, which knows where its parts are")
     if packed and scale > 1:

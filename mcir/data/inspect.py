@@ -22,7 +22,7 @@ from torch import Tensor
 from mcir.data.card import checksums, file_sha256
 from mcir.data.decode import decode
 from mcir.data.degrade import Bicubic, GaussianBlur, Haze, Jpeg, MotionBlur, Noise, Rain
-from mcir.data.layouts import Pairs
+from mcir.data.layouts import Pairs, files_below
 from mcir.errors import UserError
 
 Sample = tuple[str, str, bytes, bytes | None]  # key, where, clean, degraded
@@ -70,7 +70,7 @@ def inspect_packed(folder: Path, num_examples: int = 12, seed: int = 0) -> Repor
 
     Raises UserError where there are no shards.
     """
-    shards = sorted(folder.glob("**/*.parquet"))
+    shards = files_below(folder, [".parquet"])
     if not shards:
         raise UserError(f"{folder} holds no Parquet files; for images on disk give their layout")
     report = Report(num_files=len(shards))

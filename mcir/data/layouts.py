@@ -5,6 +5,7 @@ file of those folders must take part: a missing half, a name that does not fit o
 the files. Folders are those the published training codes read (FFA-Net, DehazeFormer, IDT, NAFNet, SwinIR, BasicSR).
 """
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -237,12 +238,35 @@ def _match(clean: dict[str, Path], degraded: dict[str, Path], folders: Folders, 
     return samples
 
 
+def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """Files with one of the suffixes (in lower case), sorted, also those behind links to folders. UserError where a
+    link leads back to a folder above it, or a name is not UTF-8."""
+    wanted, files = frozenset(suffixes), list[Path]()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        above = Path(parent).resolve()
+        for name in folders:
+            path = Path(parent, name)
+            if path.is_symlink() and above.is_relative_to(path.resolve()):
+                raise UserError(f"{path} is a link to a folder above it: remove it")
+        for name in names:
+            if Path(name).suffix.lower() not in wanted:
+                continue
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{parent} has a name that is not UTF-8, {os.fsencode(name)!r}: rename it") from None
+            files.append(Path(parent, name))
+    return sorted(files)
+
+
 def _images(folder: Path) -> dict[str, Path]:
     """Image files below `folder`, sorted, by their relative path without suffix."""
     images: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+    for path in files_below(folder, IMAGE_SUFFIXES):
+        if path.name.startswith("."):
             continue
+        if not path.is_file():
+            raise UserError(f"{path} leads to no file: remove it, or mend the link")
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in images:
             raise UserError(f"two images of one name: {images[name]} and {path}; rename or remove one")

@@ -12,9 +12,12 @@ UNITS_IN_A_LANE units at least, so all processes together read less than 1 + 1 /
 bytes of an epoch (1.13 at 384 units), for any number of processes that divides L.
 
 Several sources are mixed in blocks: each of COLUMNS columns of a block holds every source its exact number of times, in
-a seeded order, so that source i's own positions keep their residue modulo COLUMNS and the above holds for each.
+a seeded order, so that source i's own positions keep their residue modulo COLUMNS and the above holds for each. That
+order is even (any stretch of a column holds each source in its share, give or take a few), so that of no source one
+column runs far ahead of another: a reader that keeps `Mixture.spread` more rows reads no window twice.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -105,6 +108,15 @@ class Mixture:
             raise ValueError(f"the smallest weight is under 1/{BLOCK} of their sum")
         return cls(tuple(int(c) for c in counts), seed)
 
+    def spread(self, source: int) -> int:
+        """How far an index of `source` may lie below one that came earlier."""
+        if len(self.counts) == 1:
+            return 0
+        # When s stripes of a column are dealt, its time (see `_column`) is within S / BLOCK of s / BLOCK, S being the
+        # number of sources, and each source has had its share of that time to less than one.
+        apart = 2 * (1 + len(self.counts) * self.counts[source] / BLOCK)
+        return math.ceil(apart + 1) * COLUMNS
+
     def locate(self, position: int) -> tuple[int, int]:
         stripe, column = divmod(position, COLUMNS)
         block, place = divmod(stripe, sum(self.counts))
@@ -127,10 +139,8 @@ def _column(counts: tuple[int, ...], seed: int, block: int, column: int) -> list
     """(source, how many of that source came before in this column of this block) for each stripe of the block."""
     if len(counts) == 1:
         return [(0, 0)]
-    labels = np.repeat(np.arange(len(counts)), counts)[_permutation(seed, 2, block, column, size=sum(counts))]
-    seen = [0] * len(counts)
-    column_labels = []
-    for label in labels.tolist():
-        column_labels.append((label, seen[label]))
-        seen[label] += 1
-    return column_labels
+    # The r-th of a source's c falls somewhere into the r-th c-th of the block.
+    sources, ranks = np.repeat(np.arange(len(counts)), counts), np.concatenate([np.arange(count) for count in counts])
+    times = (ranks + np.random.default_rng((seed, 2, block, column)).random(len(ranks))) / np.take(counts, sources)
+    stripes = np.argsort(times, kind="stable")
+    return list(zip(sources[stripes].tolist(), ranks[stripes].tolist(), strict=True))

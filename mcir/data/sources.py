@@ -5,8 +5,8 @@ Hugging Face `datasets`, one row group a unit, checksums verified. `open` reads 
 headers, folder listings) and every process of a rank works from that; a file is opened when one of its units is read.
 
 What cannot be opened (no files, a damaged footer, halves without a partner, a name twice) is an error at once, since
-without it nobody knows how many rows there are. A unit that turns out unreadable later raises UserError from its first
-unreadable row on.
+without it nobody knows how many rows there are. Later each row has one outcome, wherever reading began: the row, or a
+UserError in its place. What cannot be read alone (a row group) is an error for all its rows.
 """
 
 import atexit
@@ -14,11 +14,12 @@ import json
 import tarfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
+from glob import escape
+from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,7 +27,7 @@ import numpy as np
 from imagecodecs import zlibng_crc32
 from pydantic import BaseModel, ConfigDict, Field
 
-from mcir.data.layouts import IMAGE_SUFFIXES, Pair, pair_folders
+from mcir.data.layouts import IMAGE_SUFFIXES, Pair, files_below, pair_folders
 from mcir.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,14 +61,19 @@ def checksum(rows: Iterable[Row]) -> int:
 
 @dataclass(frozen=True)
 class Units:
-    """`lengths[u]` rows in unit u; `rows(u, start)` yields them from row `start` on. Worker processes get a copy."""
+    """`lengths[u]` rows in unit u; `rows(u, start)` yields them from row `start` on, in place of an unreadable one an
+    error. Worker processes get a copy."""
 
     lengths: tuple[int, ...]
-    rows: Callable[[int, int], Iterator[Row]]
+    rows: Callable[[int, int], Iterator[Row | UserError]]
 
     def __iter__(self) -> Iterator[Row]:
+        """All rows. UserError at the first that cannot be read."""
         for unit in range(len(self.lengths)):
-            yield from self.rows(unit, 0)
+            for row in self.rows(unit, 0):
+                if isinstance(row, UserError):
+                    raise row
+                yield row
 
 
 class Source(BaseModel, ABC):
@@ -88,7 +94,7 @@ class ParquetSource(Source):
     def open(self) -> Units:
         path = Path(self.path)
         if path.is_dir():
-            files = sorted(str(file) for file in path.glob("**/*.parquet"))
+            files = [str(file) for file in files_below(path, [".parquet"])]
         else:
             files = sorted(str(file) for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))))
         if not files:
@@ -204,7 +210,7 @@ def _parquet(files: list[str], name: str) -> Units:
     disable_progress_bar()
     dataset = load_dataset(
         "parquet",
-        data_files=files,
+        data_files=[escape(file) for file in files],  # `datasets` takes names for patterns
         split="train",
         streaming=True,
         storage_options={"hf": {"block_size": 2**16}},  # what is read ahead; 5 MiB would be a third of a row group
@@ -260,7 +266,7 @@ def _let_arrow_finish() -> None:
 
 def _read_group(
     dataset: "IterableDataset", files: list[str], groups: list[_Group], unit: int, start: int
-) -> Iterator[Row]:
+) -> Iterator[Row | UserError]:
     group = groups[unit]
     file = files[group.file]
     _let_arrow_finish()
@@ -270,20 +276,21 @@ def _read_group(
         # .iter and not __iter__: the latter would divide the row group among DataLoader workers
         (table,) = shard.iter(batch_size=group.length)
         columns = zip(table["key"].to_pylist(), _bytes(table, "clean"), _bytes(table, "degraded"), strict=True)
-        rows = [
+        read = [
             Row(str(key), clean or b"", degraded, f"{file}, row {number} (key {key})")
             for number, (key, clean, degraded) in enumerate(columns, group.first)
         ]
-        if group.checksum is not None and checksum(rows) != group.checksum:
+        if group.checksum is not None and checksum(read) != group.checksum:
             raise ValueError("its checksum is wrong")
-        yield from rows[start:]
+        rows: Sequence[Row | UserError] = read
     except Exception as error:  # the readers below raise OSError, ArrowInvalid, network errors...
         lost = f"rows {group.first} to {group.first + group.length - 1} (row group {group.index})"
         if isinstance(error, ConnectionError):  # after some ten minutes of trying again
             way_out = "the network or the Hub fails: start again later to continue"
         else:
             way_out = "the file was changed after it was packed, or the disk fails: copy or pack it again"
-        raise UserError(f"{file}, {lost} cannot be read: {_first_line(error)}; {way_out}") from error
+        rows = [UserError(f"{file}, {lost} cannot be read: {_first_line(error)}; {way_out}")] * group.length
+    yield from rows[start:]
 
 
 def _bytes(table: "pa.Table", column: str) -> list[memoryview | None]:
@@ -304,31 +311,38 @@ def _bytes(table: "pa.Table", column: str) -> list[memoryview | None]:
     return files
 
 
-def _read_files(pairs: tuple[Pair, ...], unit: int, start: int) -> Iterator[Row]:
+def _read_files(pairs: tuple[Pair, ...], unit: int, start: int) -> Iterator[Row | UserError]:
     for pair in pairs[unit * FILES_IN_A_UNIT + start : (unit + 1) * FILES_IN_A_UNIT]:
         try:
             degraded = pair.degraded.read_bytes() if pair.degraded else None
-            yield Row(pair.key, pair.clean.read_bytes(), degraded, str(pair.clean))
+            row: Row | UserError = Row(pair.key, pair.clean.read_bytes(), degraded, str(pair.clean))
         except OSError as error:
-            raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+            row = UserError(f"{error.filename} cannot be read: {error.strerror}")
+        yield row
 
 
 _Place = tuple[int, int]  # offset and size of a member in its tar
 _Tar = tuple[Path, list[tuple[str, dict[str, _Place]]]]  # the file, and for each key the places of clean and degraded
 
 
-def _read_tar(tars: list[_Tar], unit: int, start: int) -> Iterator[Row]:
+def _read_tar(tars: list[_Tar], unit: int, start: int) -> Iterator[Row | UserError]:
     file, members = tars[unit]
     try:
-        with file.open("rb") as tar:
-            for key, parts in islice(members, start, None):
-                halves = {}
+        tar = file.open("rb")
+    except OSError as error:
+        yield from repeat(UserError(f"{file} cannot be read: {error.strerror}"), len(members) - start)
+        return
+    with tar:
+        for key, parts in islice(members, start, None):
+            halves = {}
+            try:
                 for part, (offset, size) in parts.items():
                     tar.seek(offset)
                     halves[part] = tar.read(size)
-                yield Row(key, halves["clean"], halves.get("degraded"), f"{file}, {key}")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+                row: Row | UserError = Row(key, halves["clean"], halves.get("degraded"), f"{file}, {key}")
+            except OSError as error:
+                row = UserError(f"{file}, {key} cannot be read: {error.strerror}")
+            yield row
 
 
 def _tar_members(file: Path) -> dict[str, dict[str, _Place]]:
@@ -337,20 +351,36 @@ def _tar_members(file: Path) -> dict[str, dict[str, _Place]]:
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
-                if not member.isfile() or Path(member.name).suffix.lower() not in IMAGE_SUFFIXES:
+                if member.isdir() or Path(member.name).suffix.lower() not in IMAGE_SUFFIXES:
                     continue
+                if not member.isfile() or member.issparse():
+                    raise UserError(f"{file}: {member.name} is a link: use tar's --dereference --hard-dereference")
                 key, part, *_ = *member.name.rsplit(".", 2)[:-1], ""
                 if part not in ("clean", "degraded"):
                     raise UserError(f"{file}: {member.name} is called neither KEY.clean.EXT nor KEY.degraded.EXT")
                 if part in index.setdefault(key, {}):
                     raise UserError(f"{file} has {key}.{part} twice; remove one")
                 index[key][part] = (member.offset_data, member.size)
+            end = tar.offset
+        _require_end(file, end)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{file} is not a readable tar file ({error})") from error
     alone = [key for key, parts in index.items() if "clean" not in parts]
     if alone or not index:
         raise UserError(f"{file}: {f'{alone[0]} has no .clean member' if alone else 'no KEY.clean.EXT members'}")
     return index
+
+
+def _require_end(file: Path, end: int) -> None:
+    """tarfile takes a header it cannot read for the archive's end, which is zeros up to the file's end."""
+    with file.open("rb") as tar:
+        tar.seek(end)
+        rest = tar.read(tarfile.BLOCKSIZE)
+        whole = bool(rest)
+        while whole and rest:
+            whole, rest = not any(rest), tar.read(2**20)
+    if not whole:
+        raise UserError(f"{file} is cut off or damaged at byte {end}, or several tars in one: copy or pack it again")
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -41,7 +41,7 @@ class DataConfig(BaseModel):
     num_workers: NonNegativeInt = 4
     """Decoding processes of each rank."""
     shuffle_buffer: PositiveInt = 1024
-    """Undecoded rows that a process may hold for shuffling."""
+    """Undecoded rows of a source that a process may hold for shuffling, in a mixture some 200 more."""
     on_error: Literal["fail", "skip"] = "fail"
     """What a row that cannot be used does: stop the run, or be left out of its batch, counted and logged. A unit (row
     group, tar, file) that turns unreadable counts row by row; one that cannot even be opened always stops the run."""
@@ -72,7 +72,10 @@ class SampleStream:
 
     def samples(self, position: int, stride: int) -> Iterator[Sample | Failure]:
         """Those at `position`, `position + stride`, ..., for ever."""
-        streams = [SourceStream(units, self.seed + i, self.data.shuffle_buffer) for i, units in enumerate(self.units)]
+        streams = [
+            SourceStream(units, self.seed + i, self.data.shuffle_buffer, self.mixture.spread(i))
+            for i, units in enumerate(self.units)
+        ]
         while True:
             which, index = self.mixture.locate(position)
             train = self.data.train[which]
@@ -89,20 +92,24 @@ class SampleStream:
 
 
 class SourceStream:
-    """Random access by rising index to one source, holding the current window of each lane that is asked for."""
+    """Access to one source by an index that rises, but for `spread`; holds the windows that may be asked for again."""
 
-    def __init__(self, units: Units, seed: int, buffer: int) -> None:
-        self.units = units
+    def __init__(self, units: Units, seed: int, buffer: int, spread: int = 0) -> None:
+        self.units, self.spread = units, spread
         self.order = Order(units.lengths, seed, buffer)
-        self.windows: dict[int, _Window] = {}  # of each lane
+        self.windows: dict[int, list[_Window]] = {}  # of each lane
         self.readers: dict[int, tuple[int, int, Iterator[Row | UserError]]] = {}  # lane -> (epoch, next row, reader)
 
     def read(self, index: int) -> tuple[int, Row]:
         """(epoch, row) of a sample. UserError where its row cannot be read."""
         epoch, lane, place = self.order.locate(index)
-        window = self.windows.get(lane)
-        if window is None or window.epoch != epoch or not window.first <= place < window.last:
-            window = self.windows[lane] = self._window(epoch, lane, place)
+        held = self.windows.setdefault(lane, [])
+        window = next((w for w in held if w.epoch == epoch and w.first <= place < w.last), None)
+        if window is None:
+            at_epoch, _, at = self.order.locate(max(0, index - self.spread))
+            held[:] = [w for w in held if (w.epoch, w.last) > (at_epoch, at)]
+            window = self._window(epoch, lane, place)
+            held.append(window)
         row = window.rows[place - window.first]
         if isinstance(row, UserError):
             raise row
@@ -118,18 +125,11 @@ class SourceStream:
         return _Window(epoch, first, last, [rows[row] for row in permutation])
 
     def _sequence(self, epoch: int, row: int) -> Iterator[Row | UserError]:
-        """The epoch's rows from `row` on. Where a unit cannot be read (any further), each of its rows left is an error,
-        so that every position still has its one outcome."""
+        """The epoch's rows from `row` on."""
         while row < self.order.num_rows:
             _, unit, start = self.order.unit_at(epoch, row)
-            left = self.order.lengths[unit] - start
-            row += left
-            try:
-                for read in self.units.rows(unit, start):
-                    left -= 1
-                    yield read
-            except UserError as error:
-                yield from repeat(error, left)
+            row += self.order.lengths[unit] - start
+            yield from self.units.rows(unit, start)
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,11 @@ def test_a_mixture_takes_every_source_in_its_share_and_skips_nothing(weights, se
         assert abs(counts[source] / len(located) - weight / sum(weights)) <= 1 / BLOCK
         indices = [index for which, index in located if which == source]
         assert sorted(indices) == list(range(len(indices)))
-    for position, (_, index) in enumerate(located):
+    highest = [0] * len(weights)
+    for position, (source, index) in enumerate(located):
         assert index % COLUMNS == position % COLUMNS  # what keeps a process in its own lanes
+        highest[source] = max(highest[source], index)
+        assert highest[source] - index <= mixture.spread(source)
 
 
 def test_a_weight_too_small_to_keep_is_an_error():

@@ -11,7 +11,7 @@ import tarfile
 import zlib
 from collections import Counter
 from hashlib import sha1
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ def tar(path: Path, members: dict[str, bytes]) -> Path:
 
 def plain(row: Row) -> tuple[str, bytes, bytes | None]:
     return row.key, row.clean, row.degraded
+
+
+def outcome(row: Row | UserError) -> tuple[str, bytes, bytes | None] | str:
+    return str(row) if isinstance(row, UserError) else plain(row)
 
 
 @pytest.fixture(scope="module", params=[None, 2], ids=["clean", "pairs"])
@@ -353,6 +357,88 @@ def flip_a_byte(file: Path, group: int) -> None:
     data = bytearray(file.read_bytes())
     data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
     file.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["folders", "tars", "parquet"])
+def test_what_cannot_be_read_is_the_same_wherever_reading_begins(kind, tmp_path):
+    """A run that resumes behind a bad row gets what it would have got."""
+    folder = write_dataset(tmp_path / "parquet", num_rows=21, num_shards=3)
+    if kind == "folders":
+        clean = unpack(folder, tmp_path) / "clean"
+        units = FolderSource(format="folders", clean=str(clean)).open()
+        (clean / "004.png").unlink()  # the third of unit 0
+        lost = {2}
+    elif kind == "tars":
+        units = TarSource(format="tars", path=str(tars_of(folder, tmp_path / "tars"))).open()
+        (tmp_path / "tars" / "1.tar").unlink()
+        lost = set(range(7, 14))
+    else:
+        units = ParquetSource(path=str(folder)).open()
+        (folder / "00002.parquet").unlink()
+        lost = set(range(14, 21))
+    whole = [[outcome(row) for row in units.rows(unit, 0)] for unit in range(len(units.lengths))]
+    assert [len(rows) for rows in whole] == list(units.lengths)
+    assert {i for i, row in enumerate(chain(*whole)) if isinstance(row, str)} == lost
+    for unit, rows in enumerate(whole):
+        for start in range(len(rows) + 1):
+            assert [outcome(row) for row in units.rows(unit, start)] == rows[start:]
+    with pytest.raises(UserError, match="cannot be read"):
+        list(units)
+
+
+@pytest.mark.parametrize("name", ["runs[1]", "a*b?", "{c,d}", "h#i%20j k"])
+def test_a_path_is_not_a_pattern(name, tmp_path):
+    """`runs[1]` as a pattern is the folder runs1."""
+    folder = write_dataset(tmp_path / name, num_rows=4, num_shards=1)
+    write_dataset(tmp_path / "runs1", num_rows=8, num_shards=1)
+    assert list(map(plain, ParquetSource(path=str(folder)).open())) == expected_rows(folder)
+
+
+def test_files_behind_links_to_folders_take_part(tmp_path):
+    folder = write_dataset(tmp_path / "here" / "a", num_rows=4, num_shards=1)
+    clean = unpack(folder, tmp_path / "elsewhere") / "clean"
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "parquet").symlink_to(folder)
+    (tmp_path / "all" / "pictures").symlink_to(clean)
+    assert sum(ParquetSource(path=str(tmp_path / "all")).open().lengths) == 4
+    assert sum(FolderSource(format="folders", clean=str(tmp_path / "all")).open().lengths) == 4
+    (clean / "back").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="back is a link to a folder above it"):
+        FolderSource(format="folders", clean=str(tmp_path / "all")).open()
+
+
+def test_names_that_lead_nowhere_or_are_no_text(tmp_path):
+    (tmp_path / "a.png").symlink_to("nothing")
+    with pytest.raises(UserError, match=r"a\.png leads to no file"):
+        FolderSource(format="folders", clean=str(tmp_path)).open()
+    (tmp_path / "a.png").unlink()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")).write_bytes(b"")
+    with pytest.raises(UserError, match=r"not UTF-8, b'\\xff\.png'"):
+        FolderSource(format="folders", clean=str(tmp_path)).open()
+
+
+@pytest.mark.parametrize("damage", ["header", "in a header", "between members", "two in one"])
+def test_a_tar_that_ends_too_early_is_an_error(damage, tmp_path):
+    file = tar(tmp_path / "a.tar", {f"{i}.clean.png": b"." * 700 for i in range(8)})
+    with tarfile.open(file) as archive:
+        third = archive.getmembers()[3].offset
+    data = bytearray(file.read_bytes())
+    if damage == "header":
+        data[third] ^= 1
+    end = {"in a header": third + 100, "between members": third}.get(damage)
+    file.write_bytes(data[:end] + (data if damage == "two in one" else b""))
+    with pytest.raises(UserError, match=r"a\.tar is cut off or damaged at byte \d+, or several tars in one"):
+        TarSource(format="tars", path=str(file)).open()
+
+
+def test_links_in_a_tar_are_refused(tmp_path):
+    (tmp_path / "0.clean.png").write_bytes(b"one")
+    (tmp_path / "1.clean.png").hardlink_to(tmp_path / "0.clean.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(2):
+            archive.add(tmp_path / f"{i}.clean.png", f"{i}.clean.png")
+    with pytest.raises(UserError, match=r"1\.clean\.png is a link"):
+        TarSource(format="tars", path=str(tmp_path / "a.tar")).open()
 
 
 @pytest.mark.parametrize("packed", [True, False])
