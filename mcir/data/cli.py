@@ -124,6 +124,8 @@ def _degradation(text: str | None) -> Any:
 def _pairs(source: Path, layout: str | None, degraded: Path | None, split: str | None, scale: int) -> Any:
     from mcir.data.layouts import find_pairs, pair_folders
 
+    if layout is None and degraded is None and scale > 1:
+        raise UserError("--scale goes with --degraded or a --layout: clean images alone have none")
     if layout is None:
         return pair_folders(source, degraded, scale)
     if degraded is not None:

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from mcir.data.card import dataset_card
+from mcir.data.card import checksums, dataset_card, file_sha256
 from mcir.data.decode import decode
 from mcir.data.degrade import AnyDegradation
 from mcir.data.layouts import Pair, Pairs
@@ -88,15 +88,21 @@ class Options:
 def pack(pairs: Pairs, output: Path, options: Options, num_workers: int = 1) -> list[Path]:
     """Write `pairs` as shards and a README.md (dataset card) into the folder `output`; the shards in order.
 
-    A pack of the same samples and options that was interrupted is continued. `num_workers` processes share the work
-    (0 or 1: this one alone). Raises UserError: bad or unequal images (file named), something else in `output`.
+    A pack of the same samples and options that was interrupted is continued, and of a finished one the shards that are
+    missing or damaged are written again. `num_workers` processes share the work (0 or 1: this one alone). Raises
+    UserError: bad or unequal images (file named), something else in `output`.
     """
     options.check(pairs)
     if not pairs.samples:
         raise UserError("there is nothing to pack")
     output.mkdir(parents=True, exist_ok=True)
     state = _state(pairs, options)
-    if done := _claim(output, state):
+    done = _claim(output, state)
+    for name, sha256 in done.items():
+        if (output / name).exists() and file_sha256(output / name) != sha256:
+            (output / name).unlink()
+    if done and all((output / name).exists() for name in done):
+        shutil.rmtree(output / _SPOOL, ignore_errors=True)
         return [output / name for name in done]
     lean = replace(pairs, samples=())  # what every task needs; the samples themselves are many
     rows: list[tuple[Path, int] | Pair] = list(pairs.samples)
@@ -119,8 +125,11 @@ def pack(pairs: Pairs, output: Path, options: Options, num_workers: int = 1) -> 
         if not path.exists():
             tasks.append(partial(_write_shard, path, [rows[i] for i in part], schema, lean, options))
     _run(tasks, num_workers, "packing")
-    _write(output / "README.md", dataset_card(shards, pairs, options).encode())
-    _write(output / _STATE, json.dumps(state | {"shards": [path.name for path in shards]}, indent=1).encode())
+    if not done:
+        card = dataset_card(shards, pairs, options)
+        _write(output / "README.md", card.encode())
+        done = {name: sha256 for name, (_, _, sha256) in checksums(card).items()}
+        _write(output / _STATE, json.dumps(state | {"shards": done}, indent=1).encode())
     shutil.rmtree(output / _SPOOL, ignore_errors=True)
     return shards
 
@@ -137,27 +146,31 @@ def _state(pairs: Pairs, options: Options) -> dict[str, Any]:
     digest = hashlib.sha256()
     for pair in pairs.samples:
         files = [path for path in (pair.clean, pair.degraded) if path]
-        digest.update(repr((pair.key, [(file.name, file.stat().st_size) for file in files])).encode())
+        seen = [(file.name, file.stat()) for file in files]
+        digest.update(repr((pair.key, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in seen])).encode())
     return {"samples": digest.hexdigest(), "options": repr((pairs.scale, pairs.centre_crop, options))}
 
 
-def _claim(output: Path, state: dict[str, Any]) -> list[str]:
+def _claim(output: Path, state: dict[str, Any]) -> dict[str, str]:
     """Make sure that what lies in `output` is this pack, begun earlier, and clear what a kill left half written.
 
-    The names of its shards where it is complete.
+    The names and SHA-256 of its shards where it was complete.
     """
     path = output / _STATE
     if not path.exists():
-        if any(output.iterdir()):
+        if any(not file.match(f"{_STATE}.*.part") for file in output.iterdir()):
             raise UserError(f"{output} is not empty; choose another folder")
         _write(path, json.dumps(state, indent=1).encode())
-    before = json.loads(path.read_text())
-    for name, what in (("samples", "of other images"), ("options", "with other options")):
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove {output}, or choose another folder") from error
+    for name, what in (("samples", "of other images, or they were changed since"), ("options", "with other options")):
         if before[name] != state[name]:
             raise UserError(f"{output} holds a pack {what}; choose another folder, or remove it")
     for left_over in output.rglob("*.part"):
         left_over.unlink()
-    return before.get("shards", [])
+    return before.get("shards", {})
 
 
 def _write(path: Path, data: bytes | Callable[[Path], None]) -> None:
@@ -219,7 +232,10 @@ def _row(key: str, clean: tuple[bytes, str], degraded: tuple[bytes, str] | None)
 def _rows(pair: Pair, pairs: Pairs, options: Options) -> list[dict[str, Any]]:
     """A sample as one row, in its original bytes where nothing is cut off, or as one row for each crop."""
     files = [path for path in (pair.clean, pair.degraded) if path]
-    original = [path.read_bytes() for path in files]
+    try:
+        original = [path.read_bytes() for path in files]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
     images = [decode(data, str(path)) for data, path in zip(original, files, strict=True)]
     whole = images[0].shape
     if len(images) == 2:

@@ -277,6 +277,39 @@ def test_what_cannot_be_packed_is_refused_with_its_file(photographs, tmp_path):
     pack(pair_folders(deep.parent), tmp_path / "out-d", Options())  # whole, it keeps its bytes
 
 
+def test_a_finished_pack_mends_its_missing_and_damaged_shards(photographs, tmp_path):
+    output, options = tmp_path / "out", Options(num_shards=4)
+    shards = pack(photographs, output, options)
+    expected = digests(output)
+    data = bytearray(shards[1].read_bytes())
+    data[len(data) // 2] ^= 1
+    shards[1].write_bytes(data)
+    shards[2].unlink()
+    kept = shards[3].stat().st_mtime_ns
+    (output / ".spool").mkdir()  # of a kill at the very end
+    assert pack(photographs, output, options) == shards
+    assert digests(output) == expected
+    assert shards[3].stat().st_mtime_ns == kept
+    assert not (output / ".spool").exists()
+
+
+def test_images_that_changed_are_not_taken_for_those_of_before(photographs, tmp_path):
+    """A BMP of the same size in pixels has the same size in bytes."""
+    pack(photographs, tmp_path / "out", Options())
+    save(tmp_path / "clean/07.bmp", noise(54, 61, 99))
+    with pytest.raises(UserError, match="of other images, or they were changed since"):
+        pack(photographs, tmp_path / "out", Options())
+
+
+def test_a_pack_killed_at_its_first_file_starts_again(photographs, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".pack.json.123.part").write_text("{")
+    pack(photographs, tmp_path / "out", Options())
+    (tmp_path / "out" / ".pack.json").write_text("{")
+    with pytest.raises(UserError, match=r"\.pack\.json is damaged"):
+        pack(photographs, tmp_path / "out", Options())
+
+
 def test_another_pack_or_other_files_in_the_folder_are_refused(photographs, tmp_path):
     pack(photographs, tmp_path / "out", Options())
     with pytest.raises(UserError, match="holds a pack with other options"):
