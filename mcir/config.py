@@ -98,7 +98,7 @@ class RunConfig(_Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The run directory is runs_dir/name."""
     runs_dir: str = "runs"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     steps: PositiveInt
     """Optimizer steps."""
     batch_size: PositiveInt

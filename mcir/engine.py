@@ -10,6 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -50,7 +51,9 @@ class Engine:
             if accelerator.is_main_process:
                 print(report)
         channels_last = config.compute.channels_last
-        if channels_last or (channels_last is None and self.arch.descriptor.channels_last and _on_gpu(accelerator)):
+        if channels_last is None:
+            channels_last = self.arch.descriptor.channels_last and accelerator.device.type == "cuda"
+        if channels_last:
             net = net.to(memory_format=torch.channels_last)
         spn = config.objective.spn
         self.negatives = Negatives(net, spn.negatives if spn else (), init=self.arch.build)
@@ -101,9 +104,8 @@ class Engine:
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             # Dropout and drop path are functions of the step, so a resumed run draws what an uninterrupted one draws.
-            torch.manual_seed(
-                ((self.config.seed * 2**24 + self.num_steps) * 64 + i) * 4096 + self.accelerator.process_index
-            )
+            place = (self.config.seed, self.num_steps, i, self.accelerator.process_index)
+            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
             with self.accelerator.accumulate(self.model):
                 with autocast(self.accelerator):
                     restored = self.model(batch.degraded)  # (B, 3, s * H, s * W)
@@ -175,11 +177,16 @@ class Engine:
             "speed/images_per_s": speed,
             "speed/data_wait": wait,
             "speed/memory_gib": memory_gib(self.accelerator.device),
-            "data/skipped": float(self.loader.num_skipped),
+            "data/skipped": float(self._num_skipped()),
         }
         tracker.scalars(self.num_steps, scalars)
         tracker.status(self.num_steps, losses, speed, wait)
         self.record.update(step=self.num_steps, images_per_s=speed)
+
+    def _num_skipped(self) -> int:
+        """Rows left out by all ranks. Collective."""
+        own = torch.tensor([self.loader.num_skipped], device=self.accelerator.device)
+        return int(self.accelerator.gather(own).sum())
 
     def _validate(self, tracker: Tracker, last: bool) -> None:
         validation = self.config.validation
@@ -264,8 +271,9 @@ class Engine:
         state = {
             "step": self.num_steps,
             "position": self.loader.position,
+            "order": self.loader.order,
             "best": self.best,
-            "num_skipped": self.loader.num_skipped,
+            "num_skipped": self._num_skipped(),
             "strategy": strategy(accelerator),
             "world_size": world_size,
         }
@@ -296,8 +304,8 @@ class Engine:
         if len(self.negatives.nets):
             negatives = _strict(checkpoint.reader("negatives.safetensors"), checkpoint)
             self.negatives.nets.load_state_dict({key: negatives(key) for key in self.negatives.nets.state_dict()})
-        self.num_steps, self.loader.position = state["step"], state["position"]
-        self.loader.num_skipped = state["num_skipped"]
+        self.num_steps, self.loader.position, self.loader.order = state["step"], state["position"], state["order"]
+        self.loader.num_skipped = state["num_skipped"] if self.accelerator.is_main_process else 0
         self.best = tuple(state["best"]) if state["best"] else None
 
 
@@ -325,10 +333,6 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
         if checkpoint:
             engine.load(checkpoint)
     return engine
-
-
-def _on_gpu(accelerator: Accelerator) -> bool:
-    return accelerator.device.type == "cuda"
 
 
 def _collect(whole: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:

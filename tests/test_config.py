@@ -50,6 +50,12 @@ def test_every_mistake_is_reported_at_once_with_its_path(tmp_path):
     assert "9 mistakes" in text
 
 
+def test_a_seed_that_no_generator_takes(tmp_path):
+    assert "seed" in mistakes(tiny_config(tmp_path, seed=-1))
+    assert "seed" in mistakes(tiny_config(tmp_path, seed=2**32))
+    assert validate(tiny_config(tmp_path, seed=2**32 - 1), "largest").seed == 2**32 - 1
+
+
 def test_contradictions_between_fields(tmp_path):
     values = tiny_config(tmp_path, batch_size=5, accumulate=2)
     values["data"]["crop_size"] = 15

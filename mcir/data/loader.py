@@ -11,6 +11,7 @@ import logging
 import math
 import multiprocessing
 import signal
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from mcir.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_MOST_UNUSABLE = 1000
+"""Rows in a row, where unusable ones are skipped."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
@@ -130,12 +133,15 @@ class Loader:
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.position = 0
         self.num_skipped = 0
+        self.order: str | None = None
+        """`SampleStream.order` that `position` counts in; known when iterating starts, where it is compared."""
 
     def __iter__(self) -> Iterator[Batch]:
         share = self.batch_size // self.world_size
         with closing(self._samples(share)) as stream:  # an error keeps this frame, and must not keep the workers
+            ahead: deque[Sample | Failure] = deque()  # read before their place
             while True:
-                batch = list(islice(stream, share))
+                batch = [ahead.popleft() if ahead else next(stream) for _ in range(share)]
                 good = [sample for sample in batch if not isinstance(sample, Failure)]
                 failures = [sample for sample in batch if isinstance(sample, Failure)]
                 for failure in failures:
@@ -144,7 +150,7 @@ class Loader:
                     self.num_skipped += 1
                     log.warning("skipped: %s", failure.message)
                 if not good:
-                    raise UserError(f"no usable row in a whole batch, the last: {failures[-1].message}")
+                    good = [_next_usable(ahead, stream)]
                 self.position += self.batch_size
                 keys, degraded, clean = zip(*good, strict=True)
                 yield Batch(self._to_device(degraded), self._to_device(clean), list(keys))
@@ -154,6 +160,13 @@ class Loader:
         _keep_freed_memory()
         position, num_workers = self.position + self.rank, self.data.num_workers
         stream = SampleStream(self.data, self.scale, self.seed)
+        if self.order not in (None, stream.order):
+            raise UserError(
+                "the order of the samples is not that of the checkpoint, so some would be lost and others come again: "
+                "change back what was changed of seed, data.shuffle_buffer, the weights and the datasets' rows, or "
+                "start another run from the checkpoint's weights (init_from)"
+            )
+        self.order = stream.order
         if not num_workers:
             yield from stream.samples(position, self.world_size)
         chunk = max(1, batch_size // num_workers)
@@ -199,6 +212,24 @@ class Loader:
 def to_float(image: Tensor) -> Tensor:
     """uint8 -> fp32 in [0, 1]; floats pass."""
     return image.float().div_(255) if image.dtype == torch.uint8 else image
+
+
+def _next_usable(ahead: deque[Sample | Failure], stream: Iterator[Sample | Failure]) -> Sample:
+    """The first sample to come; what is read to find it waits in `ahead`."""
+    for sample in ahead:
+        if not isinstance(sample, Failure):
+            return sample
+    fault = ""
+    while len(ahead) < _MOST_UNUSABLE:
+        found = next(stream)
+        if not isinstance(found, Failure):
+            key, degraded, clean = found
+            own = key, degraded.copy(), clean.copy()  # their memory is written again before their place comes
+            ahead.append(own)
+            return own
+        ahead.append(found)
+        fault = found.message
+    raise UserError(f"no usable row among {len(ahead)}, the last: {fault}")
 
 
 def _as_it_is(chunk: Any) -> Any:

@@ -43,8 +43,9 @@ class DataConfig(BaseModel):
     shuffle_buffer: PositiveInt = 1024
     """Undecoded rows of a source that a process may hold for shuffling, in a mixture some 200 more."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What a row that cannot be used does: stop the run, or be left out of its batch, counted and logged. A unit (row
-    group, tar, file) that turns unreadable counts row by row; one that cannot even be opened always stops the run."""
+    """What a row that cannot be used does: stop the run, or be left out of its batch, counted and logged. Where a
+    process has none left in a batch, its next usable sample stands in, and comes again in its own place. A row group or
+    tar that turns unreadable counts row by row; what cannot be found or opened at the start always stops the run."""
 
 
 Sample = tuple[str, Pixels, Pixels]
@@ -69,6 +70,9 @@ class SampleStream:
         except ValueError as error:
             raise UserError(f"data.train: {error}") from error
         self.units = [train.source.open() for train in data.train]
+        decides = (seed, data.shuffle_buffer, self.mixture.counts, [units.lengths for units in self.units])
+        self.order = f"{zlib.crc32(repr(decides).encode()):08x}"
+        """Of what decides which sample is the n-th."""
 
     def samples(self, position: int, stride: int) -> Iterator[Sample | Failure]:
         """Those at `position`, `position + stride`, ..., for ever."""

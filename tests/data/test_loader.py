@@ -198,6 +198,54 @@ def test_skip_leaves_the_row_out_and_counts_it(tmp_path):
     assert (made.num_skipped, made.position) == (3, 6)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_rank_without_a_usable_row_in_its_batch_takes_its_next_one(tmp_path, num_workers):
+    """24 rows, 8 of them bad, one row a rank and batch: every rank has one in every step, the same after a resume."""
+    folder = write_dataset(tmp_path, num_rows=24, num_shards=1)
+    table = pq.read_table(folder / "00000.parquet").to_pylist()
+    for row in table[::3]:
+        row["clean"]["bytes"] = b"not an image"
+    pq.write_table(pa.Table.from_pylist(table), folder / "00000.parquet", row_group_size=4)
+    data = config(folder, on_error="skip", num_workers=num_workers)
+
+    def keys(rank: int, position: int, steps: int) -> tuple[list[str], int]:
+        made = loader(data, batch_size=4, rank=rank, world_size=4)
+        made.position = position
+        batches = iter(made)
+        return [key for _ in range(steps) for key in next(batches).key], made.num_skipped
+
+    ranks = [keys(rank, 0, 12) for rank in range(4)]
+    assert sum(num_skipped for _, num_skipped in ranks) == 2 * 8
+    for rank, (whole, _) in enumerate(ranks):
+        assert len(whole) == 12
+        assert all(int(key) % 3 for key in whole)
+        assert keys(rank, 4 * 5, 7)[0] == whole[5:]
+    counts = Counter(key for whole, _ in ranks for key in whole)
+    assert set(counts) == {row["key"] for row in table if int(row["key"]) % 3}
+    assert sum(counts.values()) == 4 * 12
+
+
+def test_a_dataset_without_a_usable_row_ends_the_run(tmp_path):
+    made = loader(config(broken(tmp_path, b"not an image"), on_error="skip", crop_size=64), batch_size=2)
+    with pytest.raises(UserError, match=r"no usable row among 1000, the last: .*0\.parquet, row"):
+        next(iter(made))
+
+
+@pytest.mark.parametrize("changed", ["seed", "buffer", "rows", "workers"])
+def test_a_position_counts_in_one_order_only(folder, tmp_path, changed):
+    before = loader(config(folder))
+    next(iter(before))
+    rows = write_dataset(tmp_path, num_rows=30, num_shards=4) if changed == "rows" else folder
+    overrides = {"buffer": {"shuffle_buffer": 9}, "workers": {"num_workers": 2}}.get(changed, {})
+    after = Loader(config(rows, **overrides), scale=2, batch_size=4, seed=4 if changed == "seed" else 3)
+    after.position, after.order = before.position, before.order
+    if changed == "workers":
+        next(iter(after))
+    else:
+        with pytest.raises(UserError, match="order of the samples is not that of the checkpoint"):
+            next(iter(after))
+
+
 def test_sizes_that_do_not_fit(tmp_path):
     with pytest.raises(UserError, match="smaller than the crop of 64"):
         next(iter(loader(config(write_dataset(tmp_path / "small"), crop_size=64))))

@@ -1,6 +1,7 @@
 """Signals and sudden deaths in real runs of two processes: what was saved is whole, and the run goes on from it."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -8,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mcir.checkpoint import damage
@@ -64,6 +67,25 @@ def end(process: subprocess.Popen[str], timeout: float = 60) -> str:
 def config(tmp_path) -> Path:
     values = tiny_config(tmp_path, steps=100_000, checkpoint={"every": 5, "keep_last": 3}, tracking={"log_every": 1})
     return write_config(tmp_path / "config.yaml", values)
+
+
+def test_bad_rows_of_all_ranks_are_counted_and_stop_none(tmp_path):
+    """9 of the 24 rows of an epoch are bad, and every rank takes one row a step; the count goes on with one process."""
+    values = tiny_config(tmp_path, steps=24, batch_size=2, checkpoint={"every": 12})
+    values["data"] |= {"on_error": "skip"}
+    for file in (tmp_path / "data").glob("*.parquet"):
+        rows = pq.read_table(file).to_pylist()
+        for row in rows[::3]:
+            row["clean"]["bytes"] = b"not an image"
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    config = str(write_config(tmp_path / "config.yaml", values))
+    done = run("ddp_cpu", "train", config)
+    assert done.returncode == 0, done.stdout
+    more = run("single", "train", config, "--resume", "auto", "steps=36")
+    assert more.returncode == 0, more.stdout
+    for step in (24, 36):
+        state = tmp_path / "runs" / "tiny" / "checkpoints" / f"step-{step:08d}" / "state.json"
+        assert json.loads(state.read_text())["num_skipped"] == 9 * step // 12
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
