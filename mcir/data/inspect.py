@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from mcir.data.degrade import Bicubic, GaussianBlur, Haze, Jpeg, MotionBlur, Noi
 from mcir.data.layouts import Pairs, files_below
 from mcir.errors import UserError
 
-Sample = tuple[str, str, bytes, bytes | None]  # key, where, clean, degraded
+Sample = tuple[str, tuple[str, str], bytes, bytes | None]  # key, where clean and degraded are, clean, degraded
 
 
 @dataclass
@@ -101,7 +102,7 @@ def inspect_pairs(pairs: Pairs, num_examples: int = 12, seed: int = 0) -> Report
     def samples() -> Iterator[Sample]:
         for pair in pairs.samples:
             degraded = pair.degraded.read_bytes() if pair.degraded else None
-            yield pair.key, str(pair.degraded or pair.clean), pair.clean.read_bytes(), degraded
+            yield pair.key, (str(pair.clean), str(pair.degraded)), pair.clean.read_bytes(), degraded
 
     scale = None if pairs.centre_crop else pairs.scale
     _look(samples(), len(pairs.samples), report, num_examples, seed, scale, pairs.centre_crop)
@@ -117,13 +118,18 @@ def _packed_samples(shards: dict[Path, int], report: Report) -> Iterator[Sample]
                 if missing := {"clean", "key"} - set(batch.schema.names):
                     report.faults.append(f"{shard}: no column {', '.join(sorted(missing))}")
                     break
+                images = [name for name in ("clean", "degraded") if name in batch.schema.names]
+                if plain := [name for name in images if not pa.types.is_struct(batch.schema.field(name).type)]:
+                    report.faults.append(f"{shard}: {', '.join(plain)} must be structs of `bytes` and `path`")
+                    break
                 for row in batch.to_pylist():
                     number += 1
                     where = f"{shard}, row {number} (key {row['key']})"
                     if (before := seen.setdefault(row["key"], where)) != where:
                         report.faults.append(f"{where}: the key is that of {before} too")
                     degraded = (row["degraded"] or {}).get("bytes") or b"" if "degraded" in row else None
-                    yield row["key"], where, (row["clean"] or {}).get("bytes") or b"", degraded
+                    places = f"{where}, clean", f"{where}, degraded"
+                    yield row["key"], places, (row["clean"] or {}).get("bytes") or b"", degraded
         except OSError as error:
             report.faults.append(f"{shard}, from row {number + 1} on: unreadable: {error}")
 
@@ -138,14 +144,14 @@ def _look(
     centre_crop: bool = False,
 ) -> None:
     wanted = set(np.random.default_rng(seed).permutation(total)[:num_examples].tolist())
-    for number, (key, where, clean_bytes, degraded_bytes) in enumerate(
+    for number, (key, (at_clean, at_degraded), clean_bytes, degraded_bytes) in enumerate(
         track(samples, "looking", total, console=Console(stderr=True))
     ):
         report.num_samples += 1
         report.num_bytes += len(clean_bytes) + len(degraded_bytes or b"")
         try:
-            clean = decode(clean_bytes, f"{where}, clean")
-            degraded = decode(degraded_bytes, f"{where}, degraded") if degraded_bytes is not None else None
+            clean = decode(clean_bytes, at_clean)
+            degraded = decode(degraded_bytes, at_degraded) if degraded_bytes is not None else None
         except UserError as error:
             report.faults.append(str(error))
             continue
@@ -156,7 +162,9 @@ def _look(
             if found is None or (scale is not None and found != scale):
                 sides = (f"{image.shape[-2]} x {image.shape[-1]}" for image in (clean, degraded))
                 wanted_scale = f" at scale {scale}" if scale else ""
-                report.faults.append(f"{where}: sizes do not fit{wanted_scale}: clean {', degraded '.join(sides)}")
+                report.faults.append(
+                    f"{at_degraded}: sizes do not fit{wanted_scale}: clean {', degraded '.join(sides)}"
+                )
             else:
                 report.scales[found] += 1
         if number in wanted:

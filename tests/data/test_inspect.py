@@ -93,6 +93,21 @@ def test_pairs_on_disk_that_do_not_fit(folders):
     assert len(inspect_pairs(pair_folders(folders / "clean", folders / "degraded", 1)).faults) == 6
 
 
+def test_a_bad_file_of_a_pair_is_named(folders):
+    (folders / "clean/1.png").write_bytes(b"")
+    (folders / "degraded/2.png").write_bytes(b"")
+    faults = inspect_pairs(pair_folders(folders / "clean", folders / "degraded", 2)).faults
+    assert [fault.partition(":")[0] for fault in faults] == [
+        str(folders / "clean/1.png"),
+        str(folders / "degraded/2.png"),
+    ]
+
+
+def test_images_that_are_no_structs(tmp_path):
+    pq.write_table(pa.table({"key": ["a"], "clean": [b"image"]}), tmp_path / "0.parquet")
+    assert inspect_packed(tmp_path).faults == [f"{tmp_path / '0.parquet'}: clean must be structs of `bytes` and `path`"]
+
+
 def test_layouts_are_inspected_with_their_own_rules(tmp_path):
     save(tmp_path / "clear/1.png", 48, 64)
     save(tmp_path / "hazy/1_1_0.9.png", 46, 62)
