@@ -21,7 +21,7 @@ from torch import distributed as dist
 from mcir.config import ValidationSet
 from mcir.data.loader import to_float
 from mcir.data.resize import imresize
-from mcir.data.sources import Row
+from mcir.data.rows import Row
 from mcir.data.transforms import validation_pair
 from mcir.errors import UserError
 from mcir.inference import is_out_of_memory

@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mcir.cli import main
 from mcir.config import ValidationSet, validate
-from mcir.data.sources import FolderSource, Units
+from mcir.data.rows import Units
+from mcir.data.sources import FolderSource
 from mcir.engine import build_engine
 from mcir.errors import UserError
 from mcir.evaluate import evaluate

@@ -37,7 +37,8 @@ from mcir.data.card import checksums, dataset_card, file_sha256
 from mcir.data.decode import decode
 from mcir.data.degrade import AnyDegradation
 from mcir.data.layouts import Pair, Pairs
-from mcir.data.sources import CHECKSUMS, Row, checksum
+from mcir.data.parquet import CHECKSUMS, checksum
+from mcir.data.rows import Row
 from mcir.errors import UserError
 
 ROW_GROUP_BYTES = 16 * 2**20

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 from mcir.data.degrade import AnyDegradation
 from mcir.data.order import Mixture, Order
-from mcir.data.sources import AnySource, Row, Units
+from mcir.data.rows import Row, Units
+from mcir.data.sources import AnySource
 from mcir.data.transforms import Augment, Pixels, training_pair
 from mcir.errors import UserError
 

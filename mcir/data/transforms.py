@@ -13,7 +13,7 @@ from torch import Tensor
 from mcir.data.decode import decode, image_size
 from mcir.data.degrade import AnyDegradation, Bicubic
 from mcir.data.resize import imresize_crop
-from mcir.data.sources import Row
+from mcir.data.rows import Row
 from mcir.errors import UserError
 
 Augment = Literal["dihedral", "hflip", "flips", "none"]

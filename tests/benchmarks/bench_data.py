@@ -36,7 +36,7 @@ from mcir.data.layouts import pair_folders
 from mcir.data.loader import Loader
 from mcir.data.order import Order
 from mcir.data.pack import ROW_GROUP_BYTES, Options, pack
-from mcir.data.sources import Row, Units
+from mcir.data.rows import Row, Units
 from mcir.data.stream import DataConfig, SourceStream
 
 SIDE, CROP, BATCH = 480, 192, 16

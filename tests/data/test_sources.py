@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mcir.data.loader import Loader
-from mcir.data.sources import FILES_IN_A_UNIT, FolderSource, ParquetSource, Row, Source, TarSource
+from mcir.data.rows import Row
+from mcir.data.sources import FILES_IN_A_UNIT, FolderSource, ParquetSource, Source, TarSource
 from mcir.data.stream import DataConfig
 from mcir.errors import UserError
 from tests.hub import serve

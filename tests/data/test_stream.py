@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from mcir.data.order import COLUMNS, Mixture
-from mcir.data.sources import Row, Units
+from mcir.data.rows import Row, Units
 from mcir.data.stream import SourceStream
 
 

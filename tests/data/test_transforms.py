@@ -7,7 +7,7 @@ from PIL import Image
 
 from mcir.data.degrade import Bicubic
 from mcir.data.resize import imresize
-from mcir.data.sources import Row
+from mcir.data.rows import Row
 from mcir.data.transforms import training_pair, validation_pair
 from mcir.errors import UserError
 

@@ -1,0 +1,33 @@
+"""An undecoded sample, and what every format is read as: units of known length."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from mcir.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One undecoded sample. `where` names it in messages."""
+
+    key: str
+    clean: bytes | memoryview
+    degraded: bytes | memoryview | None
+    where: str
+
+
+@dataclass(frozen=True)
+class Units:
+    """`lengths[u]` rows in unit u; `rows(u, start)` yields them from row `start` on, in place of an unreadable one an
+    error. Worker processes get a copy."""
+
+    lengths: tuple[int, ...]
+    rows: Callable[[int, int], Iterator[Row | UserError]]
+
+    def __iter__(self) -> Iterator[Row]:
+        """All rows. UserError at the first that cannot be read."""
+        for unit in range(len(self.lengths)):
+            for row in self.rows(unit, 0):
+                if isinstance(row, UserError):
+                    raise row
+                yield row
