@@ -31,7 +31,7 @@ from mcir.errors import UserError
 log = logging.getLogger(__name__)
 
 _MOST_UNUSABLE = 1000
-"""Rows in a row, where unusable ones are skipped."""
+"""So many rows on end that cannot be used stop a run that skips such rows."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
@@ -215,7 +215,7 @@ def to_float(image: Tensor) -> Tensor:
 
 
 def _next_usable(ahead: deque[Sample | Failure], stream: Iterator[Sample | Failure]) -> Sample:
-    """The first sample to come; what is read to find it waits in `ahead`."""
+    """The first usable sample to come; what is read to find it waits in `ahead`."""
     for sample in ahead:
         if not isinstance(sample, Failure):
             return sample
