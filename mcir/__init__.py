@@ -9,18 +9,18 @@ __version__ = "0.1.0"
 __all__ = ["SPN", "Negatives", "Schedule", "__version__"]
 
 if TYPE_CHECKING:
-    from mcir.losses.contrast import SPN
-    from mcir.negatives import Negatives, Schedule
+    from mcir.objective.contrast import SPN
+    from mcir.objective.negatives import Negatives, Schedule
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: `mcir --help` must not wait for torch."""
     if name == "SPN":
-        from mcir.losses.contrast import SPN
+        from mcir.objective.contrast import SPN
 
         return SPN
     if name in ("Negatives", "Schedule"):
-        from mcir import negatives
+        from mcir.objective import negatives
 
         return getattr(negatives, name)
     raise AttributeError(f"module 'mcir' has no attribute {name!r}")

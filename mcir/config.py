@@ -5,94 +5,26 @@ are replaced whole. Every mistake, at every depth, is reported at once with its 
 equal."""
 
 import difflib
-import io
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
 
 from mcir.archs import AnyArch
-from mcir.data.degrade import AnyDegradation
-from mcir.data.sources import AnySource
 from mcir.data.stream import DataConfig
 from mcir.errors import UserError
-from mcir.losses.objective import ObjectiveConfig
-from mcir.metrics import PROTOCOLS
-from mcir.optim import OptimConfig
-
-TAGS = ("name", "format")
-"""The fields that select one of several kinds of section."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from mcir.evaluation.config import ValidationConfig
+from mcir.objective.objective import ObjectiveConfig
+from mcir.parallel.config import ComputeConfig
+from mcir.section import TAGS, Section, parse_yaml, to_yaml
+from mcir.train.config import CheckpointConfig, TrackingConfig
+from mcir.train.optim import OptimConfig
 
 
-class ValidationSet(_Section):
-    """Whole images to measure on."""
-
-    source: AnySource
-    degradation: AnyDegradation | None = None
-    """Makes `degraded` on the fly where the source holds clean images only; always the same one for an image."""
-    protocol: PROTOCOLS
-    """How PSNR and SSIM are computed: sr, rgb, ffanet, dehazeformer, derain, nafnet."""
-
-
-class ValidationConfig(_Section):
-    """When and on what the run is measured."""
-
-    every: PositiveInt
-    """Optimizer steps between two validations; the last step always validates."""
-    sets: dict[str, ValidationSet] = Field(min_length=1)
-    tile: PositiveInt | Literal["auto"] | None = None
-    """Side of the tiles, in degraded pixels, for images that do not fit; `auto` halves on out-of-memory."""
-    weights: Literal["target", "ema"] | None = None
-    """Which weights are measured; by default the EMA where there is one."""
-    best: str | None = None
-    """`SET/psnr` or `SET/ssim` that decides which checkpoint is best; by default the first set's PSNR."""
-
-
-class CheckpointConfig(_Section):
-    """When the run is saved, and how much is kept."""
-
-    every: PositiveInt = 5000
-    """Optimizer steps between two checkpoints; the last step and a stop signal always save."""
-    keep_last: PositiveInt = 3
-    keep_best: bool = True
-    """Whether the checkpoint of the best validation is kept beyond `keep_last`."""
-
-
-class TrackingConfig(_Section):
-    """What TensorBoard and the progress bar show."""
-
-    log_every: PositiveInt = 100
-    """Optimizer steps between two log lines. Only these steps wait for the device."""
-    num_images: int = Field(2, ge=0)
-    """Picture rows (degraded, negative, restored, clean, difference) of each validation set."""
-
-
-class ComputeConfig(_Section):
-    """How the same arithmetic is carried out. The strategy (ddp, fsdp2, zero2, zero3) is the launch file's, not the
-    run's."""
-
-    precision: Literal["fp32", "bf16"] | None = None
-    """By default what the launch file's mixed_precision says."""
-    compile: bool = False
-    """torch.compile of the network's repeated blocks, shared by target and negatives."""
-    checkpoint_activations: bool = False
-    """Compute the activations of the target's repeated blocks again in the backward pass instead of keeping them."""
-    channels_last: bool | None = None
-    """By default what pays on the network, on a GPU."""
-    timeout_s: PositiveInt = 1800
-    """A collective that a peer has not reached after so long ends the run."""
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """One training run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -171,26 +103,7 @@ def validate(values: Mapping[str, Any], name: str) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML that `load` reads back equal."""
-    text = io.StringIO()
-    _yaml().dump(config.model_dump(mode="json"), text)
-    return text.getvalue()
-
-
-def _yaml() -> YAML:
-    yaml = YAML(typ="safe", pure=True)  # YAML 1.2: `no` is a string, 1e-4 a number, a duplicate key an error
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    return yaml
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML 1.2; UserError with the place (`where`, line, column) of a mistake."""
-    try:
-        return _yaml().load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{where}{place}: {(error.problem or error.context or 'not YAML').strip()}") from None
+    return to_yaml(config.model_dump(mode="json"))
 
 
 def _read(path: Path) -> dict[str, Any]:

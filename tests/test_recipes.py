@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from mcir.archs.swinir import Swinir
+from mcir.bench.memory import plan
 from mcir.config import RunConfig, load
 from mcir.data.layouts import LAYOUTS
 from mcir.data.sources import ParquetSource
-from mcir.engine import build_engine
-from mcir.memory import plan
+from mcir.train.engine import build_engine
 from tests.runs import write_dataset
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -200,9 +200,9 @@ def test_trains_two_steps_and_validates(name, tmp_path):
     engine = build_engine(recipe(name, overrides))
     before = [p.detach().clone() for p in engine.model.parameters()]
     assert engine.fit() == 0
-    assert engine.num_steps == 2
+    assert engine.state.step == 2
     assert engine.most_skipped == 0
     assert any(not p.equal(old) for p, old in zip(engine.model.parameters(), before, strict=True))
     assert (engine.run_dir / "checkpoints" / "step-00000002" / "model.safetensors").exists()
-    assert engine.best is not None
-    assert 0 < engine.best[0] < 100
+    assert engine.state.best is not None
+    assert 0 < engine.state.best[0] < 100

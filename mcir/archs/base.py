@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from mcir.section import Section
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,8 @@ class Descriptor:
     """Whether some parameters never get a gradient, which DDP must be told to look for."""
 
 
-class Arch(BaseModel, ABC):
+class Arch(Section, ABC):
     """One network with its published hyper-parameters as defaults. Input and output are RGB in [0, 1], (B, 3, H, W)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     name: str
 

@@ -24,6 +24,7 @@ from pydantic import JsonValue, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mcir.archs.base import Arch, Descriptor
+from mcir.archs.state_dict import read_state_dict
 from mcir.errors import UserError
 
 
@@ -95,8 +96,6 @@ def _classes() -> Mapping[str, tuple[spandrel.Architecture, type[nn.Module]]]:
 
 def _detect(weights: Path) -> spandrel.ModelDescriptor:
     """The network that a weights file is of, with those weights."""
-    from mcir.weights import read_state_dict  # which itself needs the descriptions of networks
-
     _classes()
     try:
         return spandrel.ModelLoader().load_from_state_dict(read_state_dict(weights, prefer="ema"))

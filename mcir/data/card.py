@@ -7,19 +7,16 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
 from mcir.data.layouts import Pairs
-
-if TYPE_CHECKING:
-    from mcir.data.pack import Options
+from mcir.data.options import Options
 
 _ROW = re.compile(r"^\| (\S+\.parquet) \| ([\d,]+) \| ([\d,]+) \| `([0-9a-f]{64})` \|$", re.MULTILINE)
 
 
-def dataset_card(shards: Sequence[Path], pairs: Pairs, options: "Options") -> str:
+def dataset_card(shards: Sequence[Path], pairs: Pairs, options: Options) -> str:
     """Front matter and text. It depends on the shards and options only (no date), like the shards themselves."""
     metadata = [pq.read_metadata(shard) for shard in shards]
     num_rows = sum(data.num_rows for data in metadata)

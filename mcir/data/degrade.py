@@ -17,10 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from mcir.data.resize import imresize
+from mcir.section import Section
 
 
 def _ordered(value: float | tuple[float, float]) -> float | tuple[float, float]:
@@ -39,10 +40,8 @@ Degrees = Annotated[_Degrees | tuple[_Degrees, _Degrees], AfterValidator(_ordere
 Quality = Annotated[_Quality | tuple[_Quality, _Quality], AfterValidator(_ordered)]
 
 
-class Degradation(BaseModel, ABC):
+class Degradation(Section, ABC):
     """`degradation(clean, rng)`: clean (3, H, W) uint8, or float in [0, 1], to degraded (3, H / scale, W / scale)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     @abstractmethod
     def __call__(self, clean: Tensor, rng: np.random.Generator) -> Tensor: ...

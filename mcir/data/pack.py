@@ -19,10 +19,10 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,8 +35,8 @@ from torch import Tensor
 
 from mcir.data.card import checksums, dataset_card, file_sha256
 from mcir.data.decode import decode
-from mcir.data.degrade import AnyDegradation
 from mcir.data.layouts import Pair, Pairs
+from mcir.data.options import Options
 from mcir.data.parquet import CHECKSUMS, checksum
 from mcir.data.rows import Row
 from mcir.errors import UserError
@@ -48,42 +48,6 @@ one costs `datasets` about 2 ms, a tenth of the time of decoding the JPEGs in 4 
 _SPOOL = ".spool"
 _STATE = ".pack.json"
 _ENCODERS: dict[str, dict[str, Any]] = {"png": {}, "webp": {"lossless": True, "quality": 80, "exact": True}}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the bytes of the shards, beside the samples."""
-
-    crop_size: int | None = None
-    """Cut clean images into squares of this side (DIV2K: 480); None keeps the images and their original bytes."""
-    crop_step: int | None = None
-    """Distance of neighbouring squares (DIV2K: 240); None is crop_size. The last ones are flush with the border."""
-    crop_format: Literal["png", "webp"] = "png"
-    """Lossless encoding of images that cannot keep their bytes; WebP is a quarter smaller and slower to write."""
-    seed: int | None = 0
-    """Of the row shuffling; None keeps the order of the samples."""
-    num_shards: int | None = None
-    shard_bytes: int = 256 * 2**20
-    """Size that decides the number of shards where num_shards does not."""
-    split: Literal["train", "validation", "test"] = "train"
-    degradation: AnyDegradation | None = None
-    """Makes the degraded images of clean-only samples, once and for all, seeded by `seed` and the sample's key."""
-
-    def check(self, pairs: Pairs) -> None:
-        if self.degradation is not None and any(pair.degraded for pair in pairs.samples):
-            raise UserError("the samples are pairs already: leave the degradation out")
-        scale = self.scale(pairs)
-        if self.crop_size is None and self.crop_step is not None:
-            raise UserError("crop_step is given without crop_size")
-        for name in ("crop_size", "crop_step"):
-            value = getattr(self, name)
-            if value is not None and (value <= 0 or value % scale):
-                raise UserError(f"{name} must be a positive multiple of the scale {scale}, not {value}")
-        if (self.num_shards is not None and self.num_shards < 1) or self.shard_bytes < 1:
-            raise UserError("num_shards and shard_bytes must be at least 1")
-
-    def scale(self, pairs: Pairs) -> int:
-        return self.degradation.scale if self.degradation else pairs.scale
 
 
 def pack(pairs: Pairs, output: Path, options: Options, num_workers: int = 1) -> list[Path]:

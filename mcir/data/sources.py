@@ -17,19 +17,18 @@ from itertools import islice, repeat
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mcir.data.layouts import IMAGE_SUFFIXES, Pair, files_below, pair_folders
 from mcir.data.parquet import open_parquet
 from mcir.data.rows import Row, Units
 from mcir.errors import UserError
+from mcir.section import Section
 
 FILES_IN_A_UNIT = 16
 
 
-class Source(BaseModel, ABC):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
+class Source(Section, ABC):
     @abstractmethod
     def open(self) -> Units:
         """Find the units. UserError where nothing is found or a column is missing."""

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mcir.data.degrade import AnyDegradation
 from mcir.data.order import Mixture, Order
@@ -15,12 +15,11 @@ from mcir.data.rows import Row, Units
 from mcir.data.sources import AnySource
 from mcir.data.transforms import Augment, Pixels, training_pair
 from mcir.errors import UserError
+from mcir.section import Section
 
 
-class TrainSource(BaseModel):
+class TrainSource(Section):
     """One source of the training mixture."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     source: AnySource
     weight: PositiveFloat = 1.0
@@ -29,10 +28,8 @@ class TrainSource(BaseModel):
     """Makes `degraded` on the fly where the source holds clean images only."""
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """Training data."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     train: tuple[TrainSource, ...] = Field(min_length=1)
     crop_size: PositiveInt

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 
 from mcir.archs import parse
 from mcir.config import validate
-from mcir.engine import Engine, build_engine
+from mcir.train.engine import Engine, build_engine
 from tests.runs import tiny_config, write_dataset
 
 ZOO: dict[str, tuple[dict[str, Any], int]] = {  # arguments of the class, degraded crop

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mcir.archs import build
-from mcir.losses.contrast import SPN, _Distance
+from mcir.objective.contrast import SPN, _Distance
 
 EDSR = {"name": "edsr", "scale": 4}
 NUM_NEGATIVES = 4

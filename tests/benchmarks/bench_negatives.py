@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 from mcir.config import validate
-from mcir.engine import build_engine
-from mcir.parallel import strategy
-from mcir.shards import full_params
+from mcir.parallel.accelerator import strategy
+from mcir.parallel.shards import full_params
+from mcir.train.engine import build_engine
 from tests.runs import tiny_config
 
 

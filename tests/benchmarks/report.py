@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from mcir.bench.memory import plan, without_values
+from mcir.bench.sweep import Trial
 from mcir.config import load
-from mcir.memory import plan, without_values
-from mcir.sweep import Trial
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
@@ -176,7 +176,7 @@ def flops(config: Any) -> float:
     """FLOP of a step, counted without computing: tensors of the meta device have shapes only."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from mcir.losses.objective import Objective
+    from mcir.objective.objective import Objective
 
     scale, crop = config.arch.descriptor.scale, config.data.crop_size
     net = without_values(config)

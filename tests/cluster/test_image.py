@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mcir.checkpoint import damage
+from mcir.train.checkpoint import damage
 from tests.cluster.tools import needs, needs_root, tool, tools_python
 from tests.distributed.launch import ROOT
 

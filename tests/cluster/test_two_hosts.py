@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mcir.checkpoint import damage
+from mcir.train.checkpoint import damage
 from tests.cluster.tools import end_leftovers, needs_root, tool
 from tests.distributed.launch import ROOT, environment, write_config
 from tests.runs import tiny_config

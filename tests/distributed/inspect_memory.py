@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from mcir import negatives as negatives_module
 from mcir.config import load
-from mcir.engine import build_engine
-from mcir.parallel import strategy
-from mcir.shards import full_params, is_zero, local_masters
+from mcir.objective import negatives as negatives_module
+from mcir.parallel.accelerator import strategy
+from mcir.parallel.shards import full_params, is_zero, local_masters
+from mcir.train.engine import build_engine
 
 
 def num_bytes(tensors) -> int:
@@ -60,7 +60,9 @@ def main(config: str, output: str) -> None:
         "optimizer": num_bytes(states),
         "evaluation EMA": num_bytes(engine.ema.shards),
         "negatives": num_bytes([*engine.negatives.nets.parameters(), *engine.negatives.nets.buffers()]),
-        "validation and export copy": num_bytes([*engine.replica.parameters(), *engine.replica.buffers()]),
+        "validation and export copy": num_bytes(
+            [*engine.validation.replica.parameters(), *engine.validation.replica.buffers()]
+        ),
         "features": num_bytes(engine.objective.parameters()),
         "peak of an update": peak,
     }

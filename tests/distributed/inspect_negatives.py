@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from mcir.negatives import Negatives, Schedule
-from mcir.parallel import build_accelerator
-from mcir.shards import full_params, is_zero
+from mcir.objective.negatives import Negatives, Schedule
+from mcir.parallel.accelerator import build_accelerator
+from mcir.parallel.shards import full_params, is_zero
 from tests.test_negatives import Tied
 
 

@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from mcir.config import load
 from mcir.data.loader import Batch
-from mcir.engine import build_engine
-from mcir.parallel import strategy
-from mcir.shards import full_params, local_masters
+from mcir.parallel.accelerator import strategy
+from mcir.parallel.shards import full_params, local_masters
+from mcir.train.engine import build_engine
 
 
 def main(config: str, output: str) -> None:

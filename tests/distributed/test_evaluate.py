@@ -7,16 +7,16 @@ import pytest
 
 from mcir.archs import build
 from mcir.cli import main
-from mcir.weights import save_weights
+from mcir.weights.files import save_weights
 from tests.distributed.launch import run
 from tests.runs import write_dataset
 
 ARCH = {"name": "edsr", "scale": 2, "num_features": 4, "num_blocks": 1}
 SLOW = """
 import sys, time
-from mcir.config import ValidationSet
-from mcir.evaluate import evaluate
-from mcir.parallel import build_accelerator
+from mcir.evaluation.config import ValidationSet
+from mcir.evaluation.evaluate import evaluate
+from mcir.parallel.accelerator import build_accelerator
 
 accelerator = build_accelerator(batch_size=2, timeout_s=3)
 

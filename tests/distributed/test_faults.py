@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mcir.checkpoint import damage
+from mcir.train.checkpoint import damage
 from tests.distributed.launch import command, environment, run, write_config
 from tests.runs import tiny_config
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from mcir.bench.memory import plan
 from mcir.config import validate
-from mcir.memory import plan
-from mcir.negatives import BUCKET_BYTES
+from mcir.objective.negatives import BUCKET_BYTES
 from tests.distributed.launch import ROOT, run, write_config
 from tests.runs import tiny_config
 

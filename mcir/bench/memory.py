@@ -1,0 +1,100 @@
+"""What a run holds on each process, by strategy, before anything is launched.
+
+Weights are counted (fp32: P parameters are 4 P bytes, gradients 4 P, Adam's moments 8 P) and activations are measured
+on the meta device: the tensors that autograd would keep for one micro-batch, through the network and the features.
+Left out: the caching allocator's slack, kernels' workspaces and communication buffers.
+"""
+
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from mcir.archs.base import checkpoint_activations
+from mcir.config import RunConfig
+from mcir.objective.objective import Objective
+
+STRATEGIES = ("single", "ddp", "fsdp2", "zero2", "zero3")
+
+
+def plan(config: RunConfig, strategy: str, world_size: int) -> dict[str, int]:
+    """Bytes on one process by part. `single` ignores `world_size`."""
+    net = without_values(config)
+    trained = 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
+    whole = 4 * sum(t.numel() for t in [*net.parameters(), *net.buffers()])
+    shards = 1 if strategy in ("single", "ddp") else world_size
+    zero = strategy.startswith("zero")
+    return {
+        # ZeRO keeps an fp32 master beside the weights of the forward pass; ZeRO-2 keeps the latter whole
+        "target": (whole if strategy != "zero3" else whole // shards) + trained // shards if zero else whole // shards,
+        "gradients": trained // shards,
+        "optimizer": 2 * trained // shards,
+        "evaluation EMA": trained // shards if config.ema_decay else 0,
+        "negatives": config.objective.num_negatives * whole,
+        "validation and export copy": whole,
+        "features": _bytes(Objective(_weightless(config)).parameters()),
+        "activations": _activations(config, net, world_size if strategy != "single" else 1),
+    }
+
+
+def table(config: RunConfig, world_size: int) -> Table:
+    """`plan` for every strategy, side by side."""
+    plans = {strategy: plan(config, strategy, world_size) for strategy in STRATEGIES}
+    columns = [s if s == "single" else f"{s} x {world_size}" for s in STRATEGIES]
+    shown = Table("MiB on each process", *columns, title=f"{config.name}: {_parameters(config):,} parameters")
+    for part in plans["single"]:
+        shown.add_row(part, *(_mib(plans[strategy][part]) for strategy in STRATEGIES))
+    shown.add_section()
+    shown.add_row("in all", *(_mib(sum(plans[strategy].values())) for strategy in STRATEGIES))
+    return shown
+
+
+def _activations(config: RunConfig, net: nn.Module, world_size: int) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass of one micro-batch."""
+    kept: dict[int, Tensor] = {}
+    own = {id(p) for p in net.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own:
+            kept[id(tensor)] = tensor
+        return tensor
+
+    if config.compute.checkpoint_activations:
+        checkpoint_activations(net, config.arch.descriptor)
+    side = config.data.crop_size // config.arch.descriptor.scale
+    batch = max(1, config.batch_size // config.accumulate // world_size)
+    with torch.device("meta"):
+        degraded = torch.empty(batch, 3, side, side)
+        clean = torch.empty(batch, 3, config.data.crop_size, config.data.crop_size)
+        objective = Objective(_weightless(config)).to("meta")
+        own |= {id(t) for t in [*objective.parameters(), *objective.buffers()]}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            objective(net.train()(degraded), clean, [clean] * config.objective.num_negatives)
+    return _bytes(kept.values())
+
+
+def _weightless(config: RunConfig) -> Any:
+    """The objective with features that need no file and no network."""
+    objective = config.objective
+    if objective.spn is None:
+        return objective
+    features = objective.spn.features.model_copy(update={"weights": "random"})
+    return objective.model_copy(update={"spn": objective.spn.model_copy(update={"features": features})})
+
+
+def without_values(config: RunConfig) -> nn.Module:
+    """The network on the meta device. It is built on the CPU first: some read values while they are built."""
+    return config.arch.build().to("meta")
+
+
+def _parameters(config: RunConfig) -> int:
+    return sum(p.numel() for p in config.arch.build().parameters())
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f}"

@@ -1,0 +1,334 @@
+"""The command line: parsing only. Heavy imports are inside the commands, so that --help answers at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from mcir.cli.data import app as data_app
+from mcir.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+config_app = typer.Typer(no_args_is_help=True, help="Check, show and document configs.")
+app.add_typer(config_app, name="config")
+app.add_typer(data_app, name="data")
+
+Configs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONFIG... [path=value]...",
+        help="YAML files, merged left to right, then overrides such as optim.optimizer.lr=1e-4.",
+    ),
+]
+
+WeightsKind = Annotated[
+    str | None,
+    typer.Option(metavar="ema|target", help="Averaged or raw weights of a run; by default what the run validates."),
+]
+Archs = Annotated[
+    list[str],
+    typer.Option(
+        metavar="YAML|CONFIG",
+        help="The network of weights that mcir did not write: '{name: edsr, scale: 4}' or a config file.",
+    ),
+]
+AllowImport = Annotated[bool, typer.Option("--allow-import", help="Let the weights name code of yours to import.")]
+Overlap = Annotated[int | None, typer.Option(help="Overlap of neighbouring tiles, in input pixels.")]
+Ensemble = Annotated[bool, typer.Option("--ensemble", help="Mean over the 8 turns and mirrorings; 8 times as long.")]
+
+
+class _ManyValues(TyperCommand):
+    """Takes `--weights A B` for `--weights A --weights B`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        option = None
+        for argument in args:
+            if argument.startswith("-"):
+                option = argument if argument in ("--weights", "--data", "--arch") else None
+            elif option and spread[-1] != option:
+                spread.append(option)
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
+
+
+@app.callback()
+def _root() -> None:
+    """Train image-restoration networks against their own history."""
+
+
+@app.command()
+def train(
+    configs: Configs,
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="never: a new run directory. auto: go on with the newest checkpoint, or begin. PATH: that run's."
+        ),
+    ] = "never",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the resolved config and what each process would hold; start nothing."),
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="With --dry-run: the number of processes to plan for.")] = 2,
+) -> None:
+    """Train a network. Use `accelerate launch --config_file launch/accelerate/NAME.yaml -m mcir train …` for
+    several processes."""
+    from mcir.config import dump, load
+
+    config = load(*_split(configs))
+    if dry_run:
+        from rich.console import Console
+
+        from mcir.bench.memory import table
+
+        print(dump(config), end="")
+        Console().print(table(config, processes))
+        return
+    from mcir.train.engine import build_engine
+
+    engine = build_engine(config, resume)
+    exit_code = engine.fit()
+    engine.accelerator.end_training()
+    raise typer.Exit(exit_code)
+
+
+@app.command(cls=_ManyValues)
+def evaluate(
+    weights: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]PATH...",
+            help="Weights files, checkpoints or runs (their best checkpoint); several compare.",
+        ),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]PLACE...",
+            help="Parquet files, an image folder, a config (its validation sets), NAME=CLEAN,DEGRADED folders or "
+            "NAME={source: ..., degradation: ..., protocol: ...}.",
+        ),
+    ],
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="sr, rgb, ffanet, dehazeformer, derain or nafnet; by default the set's, or sr."),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="bicubic|degraded", help="One more row: without a network.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Results, checksums, configs, versions.")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="A line for each image.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="PNG of the differences and intervals.")] = None,
+    save_images: Annotated[Path | None, typer.Option(metavar="DIR", help="Restored images, and side by side.")] = None,
+    divergence: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Maps of where two weights differ, beside the degradation.")
+    ] = None,
+    weights_kind: WeightsKind = None,
+    arch: Archs = [],  # noqa: B006
+    tile: Annotated[str | None, typer.Option(metavar="N|auto", help="Side of tiles; by default whole images.")] = None,
+    overlap: Overlap = None,
+    ensemble: Ensemble = False,
+    allow_import: AllowImport = False,
+) -> None:
+    """Measure PSNR and SSIM as the papers do. Under `accelerate launch … -m mcir evaluate …` processes share the
+    images."""
+    from mcir.evaluation.measure import Options, Outputs, measure
+    from mcir.parallel.accelerator import build_accelerator
+    from mcir.weights.trained import open_trained
+
+    accelerator = build_accelerator(batch_size=int(os.environ.get("WORLD_SIZE", "1")))
+    networks = open_trained(weights, _kind(weights_kind), arch, allow_import)
+    options = Options(_tile(tile), overlap, ensemble)
+    outputs = Outputs(json, csv, plot, save_images, divergence)
+    measure(networks, data, accelerator, protocol=protocol, baseline_name=baseline, options=options, outputs=outputs)
+    accelerator.end_training()
+
+
+@app.command()
+def restore(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders and patterns.")],
+    weights: Annotated[str, typer.Option(metavar="PATH", help="Weights file, checkpoint or run.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the restored pictures go, by the same names.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo what exists.")] = False,
+    weights_kind: WeightsKind = None,
+    arch: Archs = [],  # noqa: B006
+    tile: Annotated[
+        str, typer.Option(metavar="N|auto", help="Side of tiles; auto: only where the picture does not fit.")
+    ] = "auto",
+    overlap: Overlap = None,
+    ensemble: Ensemble = False,
+    allow_import: AllowImport = False,
+) -> None:
+    """Restore pictures; formats, bit depth, alpha, profile and orientation are kept. Exit code 1 if any failed."""
+    import torch
+
+    from mcir.restoration.restore import restore as restore_pictures
+    from mcir.weights.trained import open_trained
+
+    network = open_trained([weights], _kind(weights_kind), arch, allow_import)[0]
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    failures = restore_pictures(
+        inputs,
+        network.net_on(device),
+        network.arch.descriptor,
+        output,
+        device=device,
+        overwrite=overwrite,
+        tile=_tile(tile),
+        overlap=overlap,
+        ensemble=ensemble,
+    )
+    if failures:
+        raise UserError("\n".join([f"{len(failures)} could not be restored:", *failures]))
+
+
+@app.command()
+def bench(
+    configs: Configs,
+    json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps timed with the loader.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of mcir, plain and reference in turns.")] = 5,
+    compare: Annotated[bool, typer.Option(help="Whether plain and reference are timed too.")] = True,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep", help="Try bf16, channels_last, compile and batch sizes; print the best as YAML to train with."
+        ),
+    ] = False,
+) -> None:
+    """Time training steps on this machine: their parts, and against a plain and a straightforward step."""
+    from json import dumps
+
+    from rich.console import Console
+
+    from mcir.config import load
+
+    config = load(*_split(configs))
+    if sweep:
+        from mcir.bench import sweep as settings
+
+        if "WORLD_SIZE" in os.environ:
+            raise UserError("--sweep measures one process: run it without a launcher")
+        trials = []
+        for trial in settings.sweep(config, configs):
+            trials.append(trial)
+            print(trial, file=sys.stderr, flush=True)
+        if trials[0].fault:
+            raise UserError(f"the config as it is cannot be timed: {trials[0].fault}")
+        print(dumps([vars(trial) for trial in trials]) if json else settings.dump(trials).rstrip())
+        return
+    from mcir.bench.bench import bench as measure
+    from mcir.bench.bench import report
+
+    result = measure(config, steps, rounds, compare)
+    if int(os.environ.get("RANK", "0")):
+        return
+    if json:
+        print(dumps(result))
+    else:
+        for shown in report(result):
+            Console().print(shown, highlight=False)
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of runs, or one run.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the records (run.json) as a JSON list.")] = False,
+) -> None:
+    """List runs with state, step, best metric and speed."""
+    from json import dumps
+
+    from rich.console import Console
+
+    from mcir.train.record import read, table
+
+    records = read(folder)
+    if json:
+        print(dumps(records, indent=1))
+    else:
+        Console().print(table(records))
+
+
+@config_app.command()
+def check(files: Annotated[list[Path], typer.Argument(help="Each file is checked on its own.")]) -> None:
+    """Check configs; every mistake of every file is reported."""
+    from mcir.config import load
+
+    faults = []
+    for file in files:
+        try:
+            load([file])
+        except UserError as error:
+            faults.append(str(error))
+        else:
+            print(f"{file}: ok")
+    if faults:
+        raise UserError("\n".join(faults))
+
+
+@config_app.command()
+def show(configs: Configs) -> None:
+    """Print the resolved config: files merged, overrides applied, defaults filled in."""
+    from mcir.config import dump, load
+
+    print(dump(load(*_split(configs))), end="")
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON schema of a config."""
+    import json
+
+    from mcir.config import RunConfig
+
+    print(json.dumps(RunConfig.model_json_schema(), indent=1))
+
+
+def _tile(text: str | None) -> Any:
+    if text is None or text == "auto":
+        return text
+    if not text.isdigit():
+        raise UserError(f"--tile {text}: give a number of pixels or auto")
+    return int(text)
+
+
+def _kind(text: str | None) -> Any:
+    if text not in (None, "ema", "target"):
+        raise UserError(f"--weights-kind {text}: give ema or target")
+    return text
+
+
+@app.command()
+def export(
+    weights: Annotated[Path, typer.Argument(help="model.safetensors, ema.safetensors or a folder that holds it.")],
+    to: Annotated[str, typer.Option(help="basicsr, official, onnx or hub-folder.")],
+    output: Annotated[Path, typer.Option(help="File or folder to write.")],
+    size: Annotated[tuple[int, int] | None, typer.Option(help="Height and width of an ONNX graph of one size.")] = None,
+    allow_import: Annotated[bool, typer.Option(help="Let the file name a network class of your own code.")] = False,
+) -> None:
+    """Write trained weights as another program reads them."""
+    from mcir.weights.export import export as write
+
+    print(write(weights, to, output, size=size, allow_import=allow_import))  # type: ignore[arg-type]
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Files and `path=value` overrides."""
+    files = [argument for argument in arguments if "=" not in argument]
+    if not files:
+        raise UserError("name at least one config file, such as configs/quickstart.yaml")
+    return files, [argument for argument in arguments if "=" in argument]
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends with one sentence and exit code 1."""
+    try:
+        app()
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"mcir: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        sys.exit(1)

@@ -1,0 +1,133 @@
+"""`mcir data …`: parsing only. Heavy imports are inside the commands, so that --help answers at once."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from mcir.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, help="Pack and inspect datasets.")
+
+Layout = Annotated[
+    str | None, typer.Option(help="Name of a published dataset's layout; SOURCE is where it was unpacked.")
+]
+Degraded = Annotated[Path | None, typer.Option(help="Folder of degraded images with the names of those in SOURCE.")]
+Split = Annotated[str | None, typer.Option(help="Part of a layout that has several, such as train or test.")]
+Scale = Annotated[int, typer.Option(min=1, help="Clean side / degraded side; 1 where they are equal.")]
+
+_SPLITS: dict[str | None, Literal["train", "validation", "test"]] = {  # what a layout or a user calls a part -> the Hub
+    None: "train",
+    "train": "train",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+
+
+@app.command()
+def pack(
+    source: Annotated[Path, typer.Argument(help="Folder of clean images, or of a published dataset (--layout).")],
+    output: Annotated[Path, typer.Argument(help="Folder for the Parquet shards and their README.md.")],
+    layout: Layout = None,
+    degraded: Degraded = None,
+    split: Annotated[
+        str | None, typer.Option(help="Part of a layout that has several; also names the shards (train).")
+    ] = None,
+    scale: Scale = 1,
+    crop_size: Annotated[
+        int | None, typer.Option(help="Cut clean images into squares of this side (DIV2K: 480).")
+    ] = None,
+    crop_step: Annotated[int | None, typer.Option(help="Distance of neighbouring squares (DIV2K: 240).")] = None,
+    crop_format: Annotated[str, typer.Option(help="png, or webp: lossless too, smaller, slower to write.")] = "png",
+    seed: Annotated[int, typer.Option(help="Of the row shuffling; -1 keeps the order of the files.")] = 0,
+    num_shards: Annotated[int | None, typer.Option(help="Number of shards, instead of --shard-mib.")] = None,
+    shard_mib: Annotated[int, typer.Option(help="Size of a shard.")] = 256,
+    degradation: Annotated[
+        str | None, typer.Option(help="Makes degraded images of clean ones, such as '{name: bicubic, scale: 4}'.")
+    ] = None,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes.")] = 4,
+) -> None:
+    """Write image folders as the Parquet shards that training and evaluation stream. Interrupted, it continues."""
+    from pyarrow.parquet import read_metadata
+
+    from mcir.data.pack import Options
+    from mcir.data.pack import pack as write
+
+    if split not in _SPLITS:
+        raise UserError(f"--split {split}: choose train, validation or test, or one that the --layout has")
+    if crop_format not in ("png", "webp"):
+        raise UserError(f"--crop-format {crop_format}: choose png or webp")
+    options = Options(
+        crop_size=crop_size,
+        crop_step=crop_step,
+        crop_format="webp" if crop_format == "webp" else "png",
+        seed=None if seed < 0 else seed,
+        num_shards=num_shards,
+        shard_bytes=shard_mib * 2**20,
+        degradation=_degradation(degradation),
+        split=_SPLITS[split],
+    )
+    pairs = _pairs(source, layout, degraded, split, scale)
+    if pairs.note:
+        print(f"{pairs.title}: {pairs.note}")
+    shards = write(pairs, output, options, num_workers)
+    num_rows = sum(read_metadata(shard).num_rows for shard in shards)
+    print(f"{output}: {num_rows} samples in {len(shards)} shard{'s' if len(shards) > 1 else ''}")
+
+
+@app.command()
+def inspect(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of Parquet shards, of clean images, or of a dataset (--layout).")
+    ],
+    layout: Layout = None,
+    degraded: Degraded = None,
+    split: Split = None,
+    scale: Scale = 1,
+    sheet: Annotated[Path | None, typer.Option(help="Where to save a contact sheet (PNG).")] = None,
+) -> None:
+    """Count, measure and decode every image; print what is wrong. Exit code 1 where anything is."""
+    from mcir.data.inspect import contact_sheet, inspect_packed, inspect_pairs
+    from mcir.data.layouts import files_below
+    from mcir.evaluation.report import png, require_writable, write_whole
+
+    if sheet:
+        require_writable(sheet)
+    packed = layout is None and degraded is None and bool(files_below(source, [".parquet"]))
+    if split and layout is None:
+        raise UserError("--split goes with a --layout, which knows where its parts are")
+    if packed and scale > 1:
+        raise UserError(f"--scale goes with folders: the shards of {source} say themselves what scale their pairs have")
+    report = inspect_packed(source) if packed else inspect_pairs(_pairs(source, layout, degraded, split, scale))
+    report.print()
+    if sheet:
+        write_whole(sheet, png(contact_sheet(report.examples)))
+    raise typer.Exit(1 if report.faults else 0)
+
+
+def _degradation(text: str | None) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    from mcir.data.degrade import AnyDegradation
+    from mcir.section import parse_yaml
+
+    if text is None:
+        return None
+    try:
+        return TypeAdapter(AnyDegradation).validate_python(parse_yaml(text, "--degradation"))
+    except ValidationError as error:
+        faults = "; ".join(": ".join([*map(str, f["loc"]), f["msg"]]) for f in error.errors())
+        raise UserError(f"--degradation {text}: {faults}") from None
+
+
+def _pairs(source: Path, layout: str | None, degraded: Path | None, split: str | None, scale: int) -> Any:
+    from mcir.data.layouts import find_pairs, pair_folders
+
+    if layout is None and degraded is None and scale > 1:
+        raise UserError("--scale goes with --degraded or a --layout: clean images alone have none")
+    if layout is None:
+        return pair_folders(source, degraded, scale)
+    if degraded is not None:
+        raise UserError("--degraded goes with plain folders: a --layout knows where its degraded images are")
+    return find_pairs(layout, source, split, scale if scale > 1 else None)

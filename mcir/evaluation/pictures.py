@@ -1,0 +1,51 @@
+"""What a validation shows: pictures side by side, and the table of the baseline against the network."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.functional import to_pil_image
+
+from mcir.evaluation.evaluate import Picture, Scores
+
+PICTURE_SIDE = 384
+
+
+def side_by_side(images: Sequence[Tensor]) -> Tensor:
+    """(3, H, W) images of several sizes, the central part of each, in one row of the last one's size."""
+    height, width = images[-1].shape[-2:]
+    shown = [F.interpolate(image[None], (height, width), mode="nearest")[0] for image in images]
+    top, left = max(0, (height - PICTURE_SIDE) // 2), max(0, (width - PICTURE_SIDE) // 2)
+    return torch.cat([image[:, top : top + PICTURE_SIDE, left : left + PICTURE_SIDE] for image in shown], dim=2)
+
+
+def comparison_png(path: Path, pictures: Sequence[Picture], references: Sequence[Picture]) -> None:
+    """Rows of degraded | bicubic (or nothing, where the degraded image is the baseline) | restored | clean."""
+    rows = []
+    for picture, reference in zip(pictures, references, strict=True):
+        upscaled = [reference.restored] if picture.degraded.shape != picture.clean.shape else []
+        rows.append(side_by_side([picture.degraded, *upscaled, picture.restored, picture.clean]))
+    width = min(row.shape[2] for row in rows)
+    image = to_pil_image(torch.cat([row[:, :, :width] for row in rows], dim=1))
+    temporary = path.with_name(f".{path.name}.partial")
+    image.save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def results_table(baseline_name: str, scores: Mapping[str, tuple[Scores, Scores]]) -> Table:
+    """Set by set: (baseline, network)."""
+    table = Table("set", "images", f"{baseline_name} PSNR / SSIM", "restored PSNR / SSIM", "gain")
+    for name, (reference, restored) in scores.items():
+        before, after = reference.mean(), restored.mean()
+        table.add_row(
+            name,
+            str(len(restored.keys)),
+            f"{before['psnr']:.2f} dB / {before['ssim']:.4f}",
+            f"{after['psnr']:.2f} dB / {after['ssim']:.4f}",
+            f"{after['psnr'] - before['psnr']:+.2f} dB",
+        )
+    return table

@@ -1,0 +1,238 @@
+"""What was measured, for people and for programs: tables, CSV, JSON, a plot, pictures side by side.
+
+Networks are compared image by image. The interval of a mean difference is Student's t over the images of the set, 95 %:
+it says how far the difference depends on which images the set happens to hold, not how another training run would end.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from rich.table import Table
+
+from mcir.errors import UserError
+from mcir.evaluation.evaluate import Scores
+
+CONFIDENCE = 0.95
+COMPARISON_NOTE = (
+    f"Mean difference over the same images ± its {CONFIDENCE:.0%} interval (Student's t); *: leaves out 0."
+)
+DIGITS = {"psnr": 2, "ssim": 4}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scores by set and network; `about` holds all that they depend on, ready for JSON."""
+
+    scores: Mapping[str, Mapping[str, Scores]]
+    """Set -> network -> values; the same networks in the same order everywhere, the baseline first."""
+    has_baseline: bool
+    about: Mapping[str, Any]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(network, what it is compared with): all with the first network, and with the baseline."""
+        names = list(next(iter(self.scores.values())))
+        networks = names[1:] if self.has_baseline else names
+        first = [(name, networks[0]) for name in networks[1:]]
+        return first + ([(name, names[0]) for name in networks] if self.has_baseline else [])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean over images of (network - reference), and the ends of its interval (NaN for fewer than two images)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
+    """Paired, of the same images in the same order."""
+    deltas = np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    mean, count = float(deltas.mean()), len(deltas)
+    half = t_quantile(count - 1) * float(deltas.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan
+    return Difference(mean, mean - half, mean + half)
+
+
+def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
+    """t with P(|T| < t) = confidence for Student's T of so many degrees of freedom.
+
+    With T = sqrt(freedom) tan(angle), the density of the angle is proportional to cos(angle)^(freedom - 1): integrated
+    on a grid, to about 1e-6.
+    """
+    edges = np.linspace(0, math.pi / 2, 2**18 + 1)
+    inside = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1))
+    angle = np.interp(confidence, np.concatenate([[0], inside / inside[-1]]), edges)
+    return float(math.sqrt(freedom) * math.tan(angle))
+
+
+def results_table(report: Report) -> Table:
+    """Sets by networks, PSNR and SSIM."""
+    table = Table("set", "images", "weights", "PSNR, dB", "SSIM")
+    for name, scores in report.scores.items():
+        for i, (network, values) in enumerate(scores.items()):
+            means = values.mean()
+            head = (name, str(len(values.keys))) if i == 0 else ("", "")
+            table.add_row(*head, network, f"{means['psnr']:.2f}", f"{means['ssim']:.4f}")
+        table.add_section()
+    return table
+
+
+def comparison_table(report: Report) -> Table:
+    """Paired differences with half the length of their intervals; a star where the interval leaves out zero."""
+    table = Table("set", "weights", "against", "PSNR, dB", "SSIM")
+    for name, scores in report.scores.items():
+        for i, (network, reference) in enumerate(report.pairs):
+            cells = []
+            for metric in ("psnr", "ssim"):
+                found = difference(scores[network].values[metric], scores[reference].values[metric])
+                text = f"{found.mean:+.{DIGITS[metric]}f}"
+                if math.isfinite(found.low):
+                    star = " *" if found.low > 0 or found.high < 0 else ""
+                    text += f" ± {found.high - found.mean:.{DIGITS[metric]}f}{star}"
+                cells.append(text)
+            table.add_row(name if i == 0 else "", network, reference, *cells)
+        table.add_section()
+    return table
+
+
+def to_csv(report: Report) -> str:
+    """A line for each image, set and network, all digits."""
+    metrics = dict.fromkeys(
+        metric for scores in report.scores.values() for values in scores.values() for metric in values.values
+    )
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["set", "weights", "image", *metrics])
+    for name, scores in report.scores.items():
+        for network, values in scores.items():
+            for i, key in enumerate(values.keys):
+                row = (repr(values.values[metric][i]) if metric in values.values else "" for metric in metrics)
+                writer.writerow([name, network, key, *row])
+    return text.getvalue()
+
+
+def to_json(report: Report) -> str:
+    """Everything: what was measured with what, means, values of each image, differences. Infinite and undefined
+    numbers, which JSON lacks, are the strings "inf", "-inf" and "nan"."""
+    results = {
+        name: {
+            network: {
+                "mean": values.mean(),
+                "images": [
+                    {"key": key} | {metric: column[i] for metric, column in values.values.items()}
+                    for i, key in enumerate(values.keys)
+                ],
+            }
+            for network, values in scores.items()
+        }
+        for name, scores in report.scores.items()
+    }
+    differences = [
+        {"set": name, "weights": network, "against": reference, "metric": metric, "confidence": CONFIDENCE}
+        | vars(difference(scores[network].values[metric], scores[reference].values[metric]))
+        for name, scores in report.scores.items()
+        for network, reference in report.pairs
+        for metric in ("psnr", "ssim")
+    ]
+    content = {**report.about, "results": results, "differences": differences}
+    return json.dumps(_jsonable(content), indent=1, allow_nan=False) + "\n"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def plot(report: Report) -> Image.Image:
+    """PSNR differences in dB, a row for each set and pair: a dot for each image, a bar for the interval, a tick for the
+    mean, a line at zero."""
+    rows = []
+    for name, scores in report.scores.items():
+        for network, reference in report.pairs:
+            values, other = scores[network].values["psnr"], scores[reference].values["psnr"]
+            rows.append((f"{name}: {network} - {reference}", np.subtract(values, other), difference(values, other)))
+    shown = [delta for _, deltas, _ in rows for delta in deltas if math.isfinite(delta)]
+    shown += [end for _, _, found in rows for end in (found.low, found.high) if math.isfinite(end)]
+    low, high = min([0.0, *shown]), max([0.0, *shown])
+    step = _round_step((high - low or 1) / 6)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    last += first == last
+
+    zoom = 2  # for sharp prints
+    font = ImageFont.load_default(13 * zoom)
+    left = int(max(font.getlength(label) for label, _, _ in rows)) + 20 * zoom
+    row_height, width = 36 * zoom, left + 560 * zoom
+    height = row_height * len(rows) + 50 * zoom
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+
+    def x(value: float) -> float:
+        return left + 20 * zoom + (value / step - first) / (last - first) * (520 * zoom)
+
+    bottom = row_height * len(rows) + 8 * zoom
+    for tick in range(first, last + 1):
+        at, strong = x(tick * step), tick == 0
+        draw.line((at, 4 * zoom, at, bottom), fill="#555" if strong else "#ddd", width=(2 if strong else 1) * zoom)
+        text = f"{tick * step:+g}" if tick else "0"
+        draw.text((at, bottom + 3 * zoom), text, fill="black", font=font, anchor="mt")
+    draw.text((x((first + last) / 2 * step), height - 3 * zoom), "PSNR difference, dB", "black", font, anchor="mb")
+    for i, (label, deltas, found) in enumerate(rows):
+        y = row_height * (i + 0.5) + 4 * zoom
+        draw.text((left, y), label, fill="black", font=font, anchor="rm")
+        if math.isfinite(found.low):
+            draw.rectangle((x(found.low), y - 4 * zoom, x(found.high), y + 4 * zoom), fill="#9ecae1")
+        for delta in deltas:
+            if math.isfinite(delta):
+                draw.circle((x(delta), y), 3 * zoom, outline="#08519c", width=zoom)
+        if math.isfinite(found.mean):
+            draw.line((x(found.mean), y - 11 * zoom, x(found.mean), y + 11 * zoom), fill="#cb181d", width=2 * zoom)
+    return image
+
+
+def _round_step(length: float) -> float:
+    """The next of …, 0.1, 0.2, 0.5, 1, 2, 5, …"""
+    power = 10.0 ** math.floor(math.log10(length))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= length * (1 - 1e-9))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def require_writable(path: Path, folder: bool = False) -> None:
+    """UserError unless a file (or folder) can be written there: said before hours of work."""
+    if path.exists() and path.is_dir() != folder:
+        raise UserError(f"{path}: is {'no ' if folder else 'a '}folder; choose another output")
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if (existing.is_file() and existing != path) or not os.access(existing, os.W_OK):
+        raise UserError(f"{path}: cannot be written there ({existing} takes no files)")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file whole or not at all. UserError if the disk does not take it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,121 @@
+"""Datasets to measure on, as the user points at them: Parquet, folders, pairs of folders, a config's validation sets.
+
+Invariant: what the user did not say and the result depends on (how clean images are degraded, the protocol) is either
+settled by what the tables do, and shown, or asked for.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from pydantic import ValidationError
+
+from mcir.config import load
+from mcir.data.degrade import Bicubic
+from mcir.data.layouts import files_below
+from mcir.errors import UserError
+from mcir.evaluation.config import ValidationSet
+from mcir.evaluation.metrics import PROTOCOLS
+from mcir.section import parse_yaml
+from mcir.weights.trained import faults, split_name
+
+FORMS = "[NAME=]PATH of Parquet files, images or a config, NAME=CLEAN,DEGRADED folders, or NAME={source: …}"
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A set that fits the scale, and how many images it holds."""
+
+    __test__ = False  # pytest: this is no test
+
+    data: ValidationSet
+    num_images: int
+    tile: int | Literal["auto"] | None = None
+    """What its config says."""
+
+    def __str__(self) -> str:
+        made = "pairs as stored"
+        if self.data.degradation is not None:
+            options = self.data.degradation.model_dump(exclude={"name"})
+            settings = ", ".join(f"{key} {value}" for key, value in options.items())
+            made = f"clean images degraded on the fly: {self.data.degradation.name} ({settings})"
+        return f"{self.num_images} images, {made}, protocol {self.data.protocol}"
+
+
+def open_sets(places: Iterable[str], scale: int, protocol: str | None = None) -> dict[str, TestSet]:
+    """The sets at `places`, by name, for networks of this scale.
+
+    A place is FORMS: a config's validation sets keep their names. Clean images without a partner are made smaller by
+    MATLAB's bicubic for super-resolution. The protocol is `protocol`, else the set's own, else `sr` for
+    super-resolution. UserError: nothing there, what is said does not fit the scale, or something is not said.
+    """
+    if protocol is not None and protocol not in get_args(PROTOCOLS):
+        raise UserError(f"protocol {protocol}: there is {', '.join(get_args(PROTOCOLS))}")
+    sets: dict[str, TestSet] = {}
+    for place in places:
+        for name, values, tile in read_place(place):
+            if name in sets:
+                raise UserError(f"two sets are called {name}: give them names, NAME=PATH")
+            sets[name] = fit(name, values, tile, scale, protocol)
+    return sets
+
+
+def read_place(place: str) -> list[tuple[str, dict[str, Any], Any]]:
+    """(name, the values of a ValidationSet as far as they are said, tile) of each set of a place."""
+    name, equals, text = place.partition("=")
+    if equals and text.lstrip().startswith("{"):
+        values = parse_yaml(text, f"--data {name}")
+        if not isinstance(values, dict):
+            raise UserError(f"--data {place}: is no mapping such as NAME={{source: …, protocol: …}}")
+        return [(name, values, None)]
+    given, path = split_name(place)
+    if path.suffix in (".yaml", ".yml"):
+        validation = load([path]).validation
+        if validation is None:
+            raise UserError(f"{path}: the config has no validation section")
+        if given:
+            raise UserError(f"--data {place}: the sets of a config have names; write {path}")
+        return [(key, data.model_dump(), validation.tile) for key, data in validation.sets.items()]
+    clean, _, degraded = str(path).rpartition(",")
+    if clean and not path.exists():
+        if not given:
+            raise UserError(f"--data {place}: give the pair of folders a name, NAME=CLEAN,DEGRADED")
+        return [(given, {"source": {"format": "folders", "clean": clean, "degraded": degraded}}, None)]
+    source: dict[str, Any] = {"format": "parquet", "path": str(path)}
+    if path.is_dir():
+        if next(path.glob("*.tar"), None):
+            source = {"format": "tars", "path": str(path)}
+        elif not files_below(path, [".parquet"]):
+            source = {"format": "folders", "clean": str(path)}
+    elif path.suffix == ".tar":
+        source = {"format": "tars", "path": str(path)}
+    elif path.suffix != ".parquet":
+        raise UserError(f"--data {place}: nothing there that can be read; give {FORMS}")
+    return [(given or path.resolve().stem, {"source": source}, None)]
+
+
+def fit(name: str, values: dict[str, Any], tile: Any, scale: int, protocol: str | None) -> TestSet:
+    """The set with everything settled that a network of this scale needs."""
+    protocol = protocol or values.get("protocol") or ("sr" if scale > 1 else None)
+    if protocol is None:
+        raise UserError(f"{name}: give --protocol, one of {', '.join(get_args(PROTOCOLS))}")
+    if protocol == "sr" and scale == 1:
+        raise UserError(f"{name}: protocol sr is for super-resolution, and the network's scale is 1; give another one")
+    try:
+        data = ValidationSet.model_validate({**values, "protocol": protocol})
+    except ValidationError as error:
+        raise UserError(f"--data {name}: {faults(error)}") from None
+    units = data.source.open()
+    first = next(iter(units), None)
+    if first is None:
+        raise UserError(f"{name}: holds no images")
+    if data.degradation is None and first.degraded is None:
+        if scale not in (2, 3, 4):
+            raise UserError(
+                f"{name}: holds clean images only, and nothing says how to degrade them for scale {scale}; give pairs, "
+                f"NAME=CLEAN,DEGRADED, or a degradation, '{name}={{source: …, degradation: …}}'"
+            )
+        data = data.model_copy(update={"degradation": Bicubic(scale=scale)})
+    if data.degradation is not None and data.degradation.scale != scale:
+        raise UserError(f"{name}: is degraded to scale {data.degradation.scale}, and the network's scale is {scale}")
+    return TestSet(data, sum(units.lengths), tile)

@@ -1,0 +1,46 @@
+"""The base of every section of a config, and YAML 1.2 in and out.
+
+A section stands beside the code that it configures; `mcir.config` assembles them. Its attribute docstrings are the
+manual (`mcir config schema`)."""
+
+import io
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from mcir.errors import UserError
+
+TAGS = ("name", "format")
+"""The fields that select one of several kinds of section."""
+
+
+class Section(BaseModel):
+    """Frozen, and every key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML 1.2; UserError with the place (`where`, line, column) of a mistake."""
+    try:
+        return _yaml().load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{where}{place}: {(error.problem or error.context or 'not YAML').strip()}") from None
+
+
+def to_yaml(values: Any) -> str:
+    """Plain values as text that `parse_yaml` reads back equal, keys in their order."""
+    text = io.StringIO()
+    _yaml().dump(values, text)
+    return text.getvalue()
+
+
+def _yaml() -> YAML:
+    yaml = YAML(typ="safe", pure=True)  # YAML 1.2: `no` is a string, 1e-4 a number, a duplicate key an error
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return yaml

@@ -1,0 +1,211 @@
+"""The loop. One network, its negatives, one objective; every decision is a function of the step or agreed by all
+ranks."""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from mcir.archs.base import blocks_of, checkpoint_activations
+from mcir.config import RunConfig
+from mcir.data.loader import Batch, Loader
+from mcir.errors import UserError
+from mcir.evaluation.evaluate import try_first
+from mcir.objective.negatives import Negatives
+from mcir.objective.objective import Objective
+from mcir.parallel.accelerator import autocast, build_accelerator, clip_and_guard, precision_of, strategy
+from mcir.train import runs
+from mcir.train.checkpoint import Checkpoint, Checkpointer
+from mcir.train.ema import EMA
+from mcir.train.optim import set_lr
+from mcir.train.record import Record
+from mcir.train.state import State
+from mcir.train.stop import StopRequest
+from mcir.train.tracking import Meter, Tracker, memory_gib
+from mcir.train.validation import Validation
+from mcir.weights.files import load_into
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """A run: what is trained, and how far it is. `step` is one optimizer step, `fit` the whole run."""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator, run_dir: Path, record: Record) -> None:
+        self.config, self.accelerator, self.run_dir, self.record = config, accelerator, run_dir, record
+        self.arch = config.arch
+        set_seed(config.seed)  # the same on all ranks: FSDP2 shards each rank's own copy of the initial weights
+        net = self.arch.build()
+        if config.init_from:
+            report = load_into(net, Path(config.init_from))
+            if accelerator.is_main_process:
+                print(report)
+        channels_last = config.compute.channels_last
+        if channels_last is None:
+            channels_last = self.arch.descriptor.channels_last and accelerator.device.type == "cuda"
+        if channels_last:
+            net = net.to(memory_format=torch.channels_last)
+        spn = config.objective.spn
+        self.negatives = Negatives(net, spn.negatives if spn else (), init=self.arch.build)
+        self.objective = Objective(config.objective).to(accelerator.device)
+        if accelerator.is_main_process and spn and spn.features.weights == "random":
+            log.warning("the features have random weights (seeded He initialisation): these are not VGG's numbers")
+        self.validation = Validation(net)
+        optimizer = config.optim.optimizer.build(net.parameters())
+        if config.compute.checkpoint_activations:
+            checkpoint_activations(net, self.arch.descriptor)
+        if config.compute.compile:
+            for module in [net, *self.negatives.nets]:
+                for block in blocks_of(module, self.arch.descriptor):
+                    block.compile()
+        self.model, self.optimizer = accelerator.prepare(net, optimizer)
+        self.model.train()
+        self.negatives.sync(accelerator, self.model)
+        self.ema = EMA(accelerator, self.model, self.optimizer, config.ema_decay) if config.ema_decay else None
+        self.loader = Loader(
+            config.data,
+            scale=self.arch.descriptor.scale,
+            batch_size=config.batch_size // config.accumulate,
+            seed=config.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            device=accelerator.device,
+        )
+        self.checkpointer = Checkpointer(accelerator, run_dir / "checkpoints", config.checkpoint.keep_last)
+        self.state = State(accelerator, config, self.model, self.optimizer, self.negatives, self.ema, self.loader)
+        self.skipped_in_a_row = self.most_skipped = torch.zeros((), device=accelerator.device)
+
+    def __str__(self) -> str:
+        size = sum(p.numel() for p in self.validation.replica.parameters())
+        processes = f"{strategy(self.accelerator)} x {self.accelerator.num_processes}"
+        return f"{self.arch.name}, {size:,} parameters, {len(self.negatives.nets)} negatives, {processes}"
+
+    def step(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """One optimizer step on `accumulate` micro-batches, then EMA and negatives. Collective, without a host sync.
+
+        Returns the mean losses of this rank, the gradient norm and whether the step was skipped, on the device.
+        """
+        self.state.step += 1
+        self.state.measured = {}
+        optim = self.config.optim
+        set_lr(self.optimizer, optim.lr(self.state.step, self.config.steps))
+        sums: dict[str, Tensor] = {}
+        for i, batch in enumerate(batches):
+            # Dropout and drop path are functions of the step, so a resumed run draws what an uninterrupted one draws.
+            place = (self.config.seed, self.state.step, i, self.accelerator.process_index)
+            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+            with self.accelerator.accumulate(self.model):
+                with autocast(self.accelerator):
+                    restored = self.model(batch.degraded)  # (B, 3, s * H, s * W)
+                    losses = self.objective(restored, batch.clean, self.negatives(batch.degraded))
+                self.accelerator.backward(losses["total"])
+                if self.accelerator.sync_gradients:
+                    norm, skipped = clip_and_guard(self.accelerator, self.model, self.optimizer, optim.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach() / len(batches)
+        self.skipped_in_a_row = (self.skipped_in_a_row + skipped) * skipped
+        self.most_skipped = torch.maximum(self.most_skipped, self.skipped_in_a_row)
+        if self.ema:
+            self.ema.update()
+        self.negatives.update(self.state.step)
+        return {**sums, "grad_norm": norm, "skipped": skipped}
+
+    def fit(self) -> int:
+        """Train from where the run is to its end or to a stop signal; the exit code. Collective."""
+        config = self.config
+        if self.state.step >= config.steps:
+            self.record.end(0, self.state.step)
+            return 0
+        meter, batches = Meter(config.batch_size), iter(self.loader)
+        tracker = Tracker(self.accelerator, self.run_dir, self.state.step + 1, config.steps)
+        with self.record, tracker, StopRequest(self.accelerator, config.compute.timeout_s) as stop:
+            tracker.message(f"{self.run_dir}: {self}; curves: tensorboard --logdir {self.run_dir.parent}")
+            if config.validation:
+                try_first(config.validation.sets, self.arch.descriptor.scale)
+            exit_code = 0
+            while self.state.step < config.steps and not exit_code:
+                waited = time.perf_counter()
+                micro_batches = [next(batches) for _ in range(config.accumulate)]
+                waited = time.perf_counter() - waited
+                meter.add(self.step(micro_batches), waited)
+                tracker.advance()
+                exit_code = stop.agreed()
+                last = self.state.step == config.steps
+                if last or exit_code or self.state.step % config.tracking.log_every == 0:
+                    self._log(tracker, meter)
+                if config.validation and (last or self.state.step % config.validation.every == 0):
+                    best = self.validation.run(config.validation, self.state, tracker, self.record, last)
+                    if best and config.checkpoint.keep_best and not last:
+                        self.state.save(self.checkpointer)
+                    meter.reset()
+                if last or exit_code or self.state.step % config.checkpoint.every == 0:
+                    path = self.state.save(self.checkpointer)
+                    meter.reset()
+                    if exit_code:
+                        tracker.message(f"stopped at step {self.state.step}, saved {path}; go on with --resume auto")
+            self.record.end(exit_code, self.state.step)
+            self.accelerator.wait_for_everyone()  # a launcher may end all when the first process has ended
+        return exit_code
+
+    def _log(self, tracker: Tracker, meter: Meter) -> None:
+        values, speed, wait = meter.read(self.accelerator)
+        if self.most_skipped > self.config.optim.max_skipped:
+            last = self.checkpointer.latest()
+            raise UserError(
+                f"the gradient was not finite in {int(self.most_skipped)} steps in a row, up to step {self.state.step} "
+                f"(more than optim.max_skipped); the last good checkpoint is {last.path if last else 'none'}. "
+                "Lower the learning rate, set optim.max_grad_norm, or look at the data"
+            )
+        losses: dict[str, float] = {n: values.pop(n) for n in ("total", "reconstruction", "spn") if n in values}
+        scalars = {f"loss/{name}": value for name, value in losses.items()}
+        scalars |= {f"optim/{name}": value for name, value in values.items()}
+        scalars |= {f"negatives/age_{k}": float(age) for k, age in enumerate(self.negatives.age(self.state.step))}
+        scalars |= {
+            "optim/lr": self.config.optim.lr(self.state.step, self.config.steps),
+            "speed/images_per_s": speed,
+            "speed/data_wait": wait,
+            "speed/memory_gib": memory_gib(self.accelerator.device),
+            "data/skipped": float(self.state.num_skipped()),
+        }
+        tracker.scalars(self.state.step, scalars)
+        tracker.status(self.state.step, losses, speed, wait)
+        self.record.update(step=self.state.step, images_per_s=speed)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint. Collective."""
+        whole = self.validation.replica.state_dict()
+        self.state.load(checkpoint, {name: tensor.shape for name, tensor in whole.items()})
+
+
+def build_engine(config: RunConfig, resume: str = "never") -> Engine:
+    """The run that a config describes, under the strategy of the launch file. Collective.
+
+    `resume`: `never`, `auto`, or the path of a run or checkpoint (`runs.choose`).
+    """
+    accelerator = build_accelerator(
+        precision=config.compute.precision,
+        accumulate=config.accumulate,
+        blocks=config.arch.descriptor.blocks,
+        batch_size=config.batch_size // config.accumulate,
+        max_grad_norm=config.optim.max_grad_norm,
+        unused_parameters=config.arch.descriptor.unused_parameters,
+        timeout_s=config.compute.timeout_s,
+    )
+    if precision_of(accelerator) == "bf16" and not config.arch.descriptor.bf16:
+        raise UserError(
+            f"{config.arch.name} does not train in bf16: set compute.precision to fp32 (and mixed_precision to no)"
+        )
+    run_dir, checkpoint = runs.choose(accelerator, config.runs_dir, config.name, resume)
+    with runs.begin(config, accelerator, run_dir, checkpoint) as record:
+        engine = Engine(config, accelerator, run_dir, record)
+        if checkpoint:
+            engine.load(checkpoint)
+    return engine

@@ -1,0 +1,126 @@
+"""What a checkpoint holds of a run: out of its parts and back into them, whatever strategy and number of processes
+wrote it."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mcir.config import RunConfig, dump
+from mcir.data.loader import Loader
+from mcir.errors import UserError
+from mcir.objective.negatives import Negatives
+from mcir.parallel.accelerator import strategy
+from mcir.parallel.shards import full_moments, full_params, load_full_moments, load_full_params
+from mcir.train.checkpoint import Checkpoint, Checkpointer, to_cpu
+from mcir.train.ema import EMA
+
+
+@dataclass
+class State:
+    """All of a run that changes."""
+
+    accelerator: Accelerator
+    config: RunConfig
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    negatives: Negatives
+    ema: EMA | None
+    loader: Loader
+    step: int = 0
+    """Optimizer steps made."""
+    best: tuple[float, str] | None = None
+    """Value of the deciding metric, and the checkpoint that reached it."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """Of the weights as they are now, for the files' metadata."""
+
+    def save(self, checkpointer: Checkpointer) -> Path:
+        """Write a checkpoint of this moment and prune older ones. Collective."""
+        accelerator, files = self.accelerator, dict[str, dict[str, Tensor]]()
+        checksums = accelerator.gather(self.negatives.checksum().to(accelerator.device).reshape(1))
+        if len(checksums.unique()) > 1:
+            raise RuntimeError(f"the negatives differ between ranks at step {self.step}: {checksums.tolist()}")
+        main = accelerator.is_main_process
+        model = _collect(full_params(accelerator, self.model), main)
+        ema = _collect(self.ema.full(), main) if self.ema else {}
+        if main:
+            files = {"model.safetensors": model} | ({"ema.safetensors": ema} if ema else {})
+            if len(self.negatives.nets):
+                files["negatives.safetensors"] = _collect(self.negatives.nets.state_dict().items(), main)
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        mine: dict[str, Tensor] = {}
+        for i, (key, tensor) in enumerate(full_moments(accelerator, self.model, self.optimizer)):
+            if i % world_size == rank:
+                mine[key] = to_cpu(tensor)
+        files[f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"] = mine
+        state = {
+            "step": self.step,
+            "position": self.loader.position,
+            "order": self.loader.order,
+            "best": self.best,
+            "num_skipped": self.num_skipped(),
+            "strategy": strategy(accelerator),
+            "world_size": world_size,
+        }
+        config = self.config.model_dump(mode="json")
+        metadata = {"arch": json.dumps(config["arch"]), "config": json.dumps(config), "step": str(self.step)}
+        metadata |= {"metrics": json.dumps(self.measured)} if self.measured else {}
+        texts = {"state.json": json.dumps(state), "config.yaml": dump(self.config)}
+        path = checkpointer.save(self.step, files, texts, metadata)
+        best = checkpointer.folder / self.best[1] if self.best and self.config.checkpoint.keep_best else None
+        checkpointer.prune(best)
+        return path
+
+    def load(self, checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
+        """Continue from a checkpoint, which must hold tensors of these whole shapes. Collective."""
+        state: dict[str, Any] = checkpoint.state
+        model, moments = checkpoint.reader("model.safetensors"), checkpoint.reader("optimizer-*.safetensors")
+        for key, shape in shapes.items():
+            saved = _strict(model, checkpoint)(key).shape
+            if saved != shape:
+                raise UserError(
+                    f"{checkpoint.path}: {key} has another shape, {list(saved)}, than the network's {list(shape)}"
+                )
+        load_full_params(self.accelerator, self.model, _strict(model, checkpoint))
+        load_full_moments(self.accelerator, self.model, self.optimizer, moments)
+        if self.ema:
+            has_ema = (checkpoint.path / "ema.safetensors").exists()
+            ema = checkpoint.reader("ema.safetensors") if has_ema else model
+            self.ema.load(_strict(ema, checkpoint))
+        if len(self.negatives.nets):
+            negatives = _strict(checkpoint.reader("negatives.safetensors"), checkpoint)
+            self.negatives.nets.load_state_dict({key: negatives(key) for key in self.negatives.nets.state_dict()})
+        self.step, self.loader.position, self.loader.order = state["step"], state["position"], state["order"]
+        self.loader.num_skipped = state["num_skipped"] if self.accelerator.is_main_process else 0
+        self.best = tuple(state["best"]) if state["best"] else None
+
+    def num_skipped(self) -> int:
+        """Rows left out by all ranks. Collective."""
+        own = torch.tensor([self.loader.num_skipped], device=self.accelerator.device)
+        return int(self.accelerator.gather(own).sum())
+
+
+def _collect(whole: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Copies on the CPU of all tensors, or, on ranks that only take part in gathering them, nothing."""
+    collected = {}
+    for key, tensor in whole:
+        if keep:
+            collected[key] = to_cpu(tensor)
+    return collected
+
+
+def _strict(read: Callable[[str], Tensor | None], checkpoint: Checkpoint) -> Callable[[str], Tensor]:
+    def get(key: str) -> Tensor:
+        tensor = read(key)
+        if tensor is None:
+            raise UserError(
+                f"{checkpoint.path} has no {key}: it was saved by a run with another network or other negatives"
+            )
+        return tensor
+
+    return get

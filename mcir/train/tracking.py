@@ -1,0 +1,116 @@
+"""What a run shows: scalars and pictures in TensorBoard (through Accelerate's trackers), a progress
+bar."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from mcir.evaluation.evaluate import Picture
+from mcir.evaluation.pictures import side_by_side
+
+
+class Tracker:
+    """Writes for the main process, is silent on the others. Use as a context."""
+
+    def __init__(self, accelerator: Accelerator, run_dir: Path, first_step: int, num_steps: int) -> None:
+        self.accelerator, self.run_dir, self.console = accelerator, run_dir, Console()
+        accelerator.project_configuration.set_directories(str(run_dir))
+        if accelerator.is_main_process:
+            from accelerate.tracking import TensorBoardTracker
+
+            # Scalars of steps that are trained again after a resume replace the earlier ones.
+            tracker = TensorBoardTracker("tensorboard", logging_dir=str(run_dir), purge_step=first_step)
+            tracker.start()
+            accelerator.trackers = [tracker]
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not accelerator.is_main_process or not self.console.is_terminal,
+        )
+        self._task = self.progress.add_task("train", total=num_steps, completed=first_step - 1, status="")
+        self.num_steps = num_steps
+
+    def __enter__(self) -> "Tracker":
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def advance(self) -> None:
+        self.progress.advance(self._task)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.accelerator.log(dict(values), step=step)
+
+    def status(self, step: int, losses: Mapping[str, float], images_per_s: float, data_wait: float) -> None:
+        """The line beside the progress bar; a line of its own where there is no terminal."""
+        parts = [f"{name} {value:.4g}" for name, value in losses.items()]
+        text = "  ".join([*parts, f"{images_per_s:.1f} images/s", f"data wait {data_wait:.0%}"])
+        self.progress.update(self._task, status=text)
+        if self.accelerator.is_main_process and not self.console.is_terminal:
+            print(f"step {step}/{self.num_steps}  {text}", flush=True)
+
+    def message(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            self.progress.print(text, highlight=False, soft_wrap=True)
+
+    def pictures(self, step: int, name: str, pictures: Sequence[Picture], negatives: Sequence[Tensor]) -> None:
+        """Rows of degraded | negative (where there is one) | restored | clean | difference (x 4), in TensorBoard."""
+        for i, picture in enumerate(pictures):
+            past = [negatives[i]] if i < len(negatives) else []
+            difference = (4 * (picture.restored - picture.clean).abs()).clamp(max=1)
+            row = side_by_side([picture.degraded, *past, picture.restored, picture.clean, difference])
+            for tracker in self.accelerator.trackers:
+                tracker.log_images({f"{name}/{picture.key}": row[None]}, step=step, dataformats="NCHW")
+
+
+class Meter:
+    """Means between two log steps. Losses stay on the device; the clock is the host's."""
+
+    def __init__(self, num_images: int) -> None:
+        self.num_images = num_images
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
+
+    def add(self, losses: Mapping[str, Tensor], waited: float) -> None:
+        for name, value in losses.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.steps, self.waited = self.steps + 1, self.waited + waited
+
+    def read(self, accelerator: Accelerator) -> tuple[dict[str, float], float, float]:
+        """Mean losses over steps and ranks, images/s, share of the time spent waiting for data. Collective; waits for
+        the device."""
+        stacked = accelerator.reduce(torch.stack(list(self.sums.values())), "mean") / self.steps
+        losses = dict(zip(self.sums, stacked.tolist(), strict=True))
+        elapsed = time.perf_counter() - self.since
+        speed, wait = self.steps * self.num_images / elapsed, self.waited / elapsed
+        self.reset()
+        return losses, speed, wait
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process so far: the device's, or the resident memory without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,105 @@
+"""Validation inside a run: measure the sets, show pictures, remember the best, and close with the table.
+
+The weights that are validated are those of the EMA, where there is one and the config does not say otherwise, whole on
+every rank in a replica of the network.
+"""
+
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mcir.evaluation.config import ValidationConfig
+from mcir.evaluation.evaluate import Picture, Scores, baseline, evaluate
+from mcir.evaluation.pictures import comparison_png, results_table
+from mcir.parallel.shards import full_params
+from mcir.restoration.inference import infer
+from mcir.train.record import Record
+from mcir.train.state import State
+from mcir.train.tracking import Tracker
+
+
+class Validation:
+    """Holds the replica. `net` is the network before `accelerator.prepare`."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.replica = deepcopy(net).requires_grad_(False).eval()
+
+    def run(self, config: ValidationConfig, state: State, tracker: Tracker, record: Record, last: bool) -> bool:
+        """Measure all sets; whether the deciding metric has never been better. Collective.
+
+        `last` closes the run: the table and the pictures against the baseline.
+        """
+        scale, num_pictures = state.config.arch.descriptor.scale, state.config.tracking.num_images
+        self._fill(state)
+        kind = "ema" if state.ema and config.weights != "target" else "target"
+        results: dict[str, tuple[Scores, list[Picture]]] = {}
+        for name, data in config.sets.items():
+            scores, pictures = evaluate(
+                lambda degraded: self.restore(degraded, state), data, scale, state.accelerator, num_pictures
+            )
+            results[name] = scores, pictures
+            means = scores.mean()
+            state.measured |= {f"{name}/{metric} ({kind})": round(value, 4) for metric, value in means.items()}
+            tracker.scalars(state.step, {f"validation/{name}/{metric}": value for metric, value in means.items()})
+            tracker.pictures(state.step, name, pictures, self._negative_pictures(pictures, state))
+            tracker.message(f"step {state.step}: {name} PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f}")
+        if last:
+            self._report(config, state, tracker, results)
+        where, metric = (config.best or f"{next(iter(config.sets))}/psnr").rsplit("/", 1)
+        value = results[where][0].mean()[metric]
+        if not math.isfinite(value) or (state.best is not None and value <= state.best[0]):
+            return False
+        state.best = value, f"step-{state.step:08d}"
+        record.update(
+            step=state.step, best={"metric": f"{where}/{metric}", "value": value, "checkpoint": state.best[1]}
+        )
+        return True
+
+    def restore(self, degraded: Tensor, state: State) -> Tensor:
+        """The validated weights on one batch; no collective."""
+        validation = state.config.validation
+        tile = validation.tile if validation else None
+        return infer(self.replica, state.config.arch.descriptor, degraded, tile=tile)
+
+    def _fill(self, state: State) -> None:
+        """Give the replica the weights that are validated. Collective."""
+        validation = state.config.validation
+        use_ema = state.ema is not None and not (validation and validation.weights == "target")
+        source = state.ema.full() if state.ema and use_ema else full_params(state.accelerator, state.model)
+        self.replica.to(state.accelerator.device)
+        own = dict(self.replica.named_parameters()) | dict(self.replica.named_buffers())
+        with torch.no_grad():
+            for name, tensor in source:
+                own[name].copy_(tensor)
+
+    def _negative_pictures(self, pictures: Sequence[Picture], state: State) -> list[Tensor]:
+        if not len(state.negatives.nets) or not state.accelerator.is_main_process:
+            return []
+        net, device = state.negatives.nets[0], state.accelerator.device
+        descriptor = state.config.arch.descriptor
+        shown = (infer(net, descriptor, picture.degraded[None].to(device))[0] for picture in pictures)
+        return [image.float().clamp(0, 1).cpu() for image in shown]
+
+    def _report(
+        self,
+        config: ValidationConfig,
+        state: State,
+        tracker: Tracker,
+        results: dict[str, tuple[Scores, list[Picture]]],
+    ) -> None:
+        scale, table = state.config.arch.descriptor.scale, {}
+        for name, (scores, pictures) in results.items():
+            reference, reference_pictures = evaluate(
+                baseline(scale), config.sets[name], scale, state.accelerator, len(pictures)
+            )
+            table[name] = reference, scores
+            if state.accelerator.is_main_process and pictures:
+                path: Path = tracker.run_dir / f"{name}.png"
+                comparison_png(path, pictures, reference_pictures)
+                tracker.message(f"{name}: degraded | {'bicubic | ' if scale > 1 else ''}restored | clean in {path}")
+        if state.accelerator.is_main_process:
+            tracker.console.print(results_table("bicubic" if scale > 1 else "degraded", table))

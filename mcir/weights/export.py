@@ -1,0 +1,194 @@
+"""Weights for other programs: BasicSR, the networks' own repositories, ONNX Runtime and the Hugging Face Hub.
+
+Our files already hold the official key names, so only the wrapping differs; nothing is converted that the other side
+would have to convert back.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from ruamel.yaml import YAML
+from torch import Tensor, nn
+
+from mcir.archs import Arch, parse
+from mcir.archs.state_dict import PARALLEL_PREFIX, WEIGHTS_FILE
+from mcir.errors import UserError
+from mcir.weights.files import build_from, load_into, save_weights
+
+Format = Literal["basicsr", "official", "onnx", "hub-folder"]
+
+CONVOLUTIONAL = ("edsr", "ffanet", "nafnet")  # their graph is the same for every image size
+ONNX_SIDE = 256
+ONNX_TOLERANCE = 1e-3
+
+
+def _module(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {f"{PARALLEL_PREFIX}{name}": tensor for name, tensor in state.items()}
+
+
+def _params(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {"params": state}
+
+
+def _ffanet(state: dict[str, Tensor]) -> dict[str, Any]:
+    """With the history that its main.py reads when it resumes, empty."""
+    history = {"step": 0, "max_psnr": 0.0, "max_ssim": 0.0, "ssims": [], "psnrs": [], "losses": []}
+    return {**history, "model": _module(state)}
+
+
+# What the test script of each network's repository reads (FFA-Net, DehazeFormer and IDT load into DataParallel).
+OFFICIAL: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
+    "edsr": _params,
+    "swinir": _params,
+    "nafnet": _params,
+    "ffanet": _ffanet,
+    "dehazeformer": lambda state: {"state_dict": _module(state)},
+    "idt": _module,
+    "zoo": _params,
+}
+
+
+def export(
+    weights: str | Path,
+    to: Format,
+    output: str | Path,
+    *,
+    arch: Arch | Mapping[str, Any] | None = None,
+    size: tuple[int, int] | None = None,
+    allow_import: bool = False,
+) -> Path:
+    """Write the weights as another program reads them, and return where.
+
+    `weights` is a file or folder of ours, or any weights file if `arch` describes its network. `basicsr` writes
+    {"params": …}, `official` what the network's own repository loads, `onnx` a graph from (N, 3, H, W) in [0, 1] to the
+    restored image (any size for convolutional networks, otherwise one: `size`, the network's own or 256 x 256), and
+    `hub-folder` a folder with weights, config and model card. `allow_import` lets the file name code of the user's.
+    Raises UserError for weights that do not fit, an unknown format and missing packages.
+    """
+    if to not in get_args(Format):
+        raise UserError(f"cannot export to '{to}': choose {', '.join(get_args(Format))}")
+    if arch is None:
+        net, described, metadata = build_from(weights, allow_import=allow_import)
+    else:
+        described = parse(arch)
+        net, metadata = described.build(), {"arch": described.model_dump_json()}
+        load_into(net, weights, strict=True)
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if to == "onnx":
+        _write_onnx(net.eval(), described, output, size)
+    elif to == "hub-folder":
+        _write_hub_folder(net, described, metadata, output)
+    else:
+        wrap = _params if to == "basicsr" else OFFICIAL.get(described.name)
+        if wrap is None:
+            raise UserError(
+                f"network '{described.name}' is of no published repository: export to basicsr or hub-folder"
+            )
+        torch.save(wrap({name: tensor.contiguous() for name, tensor in net.state_dict().items()}), output)
+    return output
+
+
+def _onnx_size(arch: Arch, size: tuple[int, int] | None) -> tuple[int, int]:
+    """The given size, checked, or the network's own: what the graph is traced with, and fixed to where it attends."""
+    descriptor = arch.descriptor
+    multiple = descriptor.size_multiple
+    own = descriptor.fixed_size or max(ONNX_SIDE, descriptor.min_size)
+    height, width = size or (-(-own // multiple) * multiple,) * 2
+    for side in (height, width):
+        if side < descriptor.min_size or side % multiple or descriptor.fixed_size not in (None, side):
+            raise UserError(f"size {height} x {width}: the network takes sides of {_sides(arch)}")
+    return height, width
+
+
+def _sides(arch: Arch) -> str:
+    descriptor = arch.descriptor
+    if descriptor.fixed_size:
+        return f"{descriptor.fixed_size} only"
+    return f"at least {descriptor.min_size}, multiples of {descriptor.size_multiple}"
+
+
+def _write_onnx(net: nn.Module, arch: Arch, output: Path, size: tuple[int, int] | None) -> None:
+    """Trace, write, and compare with torch where ONNX Runtime is installed."""
+    if missing := [name for name in ("onnx", "onnxscript") if not find_spec(name)]:
+        raise UserError(f"exporting to ONNX needs {' and '.join(missing)}: pip install 'mcir[onnx]'")
+    height, width = _onnx_size(arch, size)
+    image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    any_size = size is None and arch.name in CONVOLUTIONAL and not getattr(arch, "tlc", False)
+    free = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    if any_size:
+        image = image.repeat(2, 1, 1, 1)  # a batch of 1 would be taken for a constant
+    torch.onnx.export(
+        net,
+        (image,),
+        output,
+        input_names=["degraded"],
+        output_names=["restored"],
+        dynamo=True,
+        dynamic_shapes=(free,) if any_size else None,
+        external_data=False,
+        verbose=False,
+    )
+    if find_spec("onnxruntime"):
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+        with torch.no_grad():
+            expected = net(image)
+        restored = torch.from_numpy(session.run(None, {"degraded": image.numpy()})[0])
+        if (difference := (restored - expected).abs().max().item()) > ONNX_TOLERANCE:
+            output.unlink()
+            raise UserError(f"the ONNX graph differs from the network by {difference:.2g}; it was not kept")
+
+
+def _write_hub_folder(net: nn.Module, arch: Arch, metadata: Mapping[str, str], folder: Path) -> None:
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; give a folder to write weights, config and model card into")
+    folder.mkdir(exist_ok=True)
+    kept = {key: value for key, value in metadata.items() if key not in ("format", "mcir")}
+    save_weights(folder / WEIGHTS_FILE, net.state_dict(), kept)
+    config = json.loads(metadata["config"]) if "config" in metadata else {"arch": json.loads(metadata["arch"])}
+    (folder / "config.yaml").write_text(_yaml(config), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(net, arch, metadata), encoding="utf-8")
+
+
+def _yaml(content: Any) -> str:
+    stream = StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.dump(content, stream)
+    return stream.getvalue()
+
+
+def model_card(net: nn.Module, arch: Arch, metadata: Mapping[str, str]) -> str:
+    """A Hub model card: what the network is, what it was trained on and how, what it reaches, how to run it."""
+    config = json.loads(metadata.get("config", "{}"))
+    metrics = json.loads(metadata.get("metrics", "{}"))
+    parameters = sum(p.numel() for p in net.parameters())
+    task = f"x{arch.descriptor.scale} super-resolution" if arch.descriptor.scale > 1 else "image restoration"
+    header = {"library_name": "mcir", "pipeline_tag": "image-to-image", "tags": ["image-restoration", arch.name]}
+    sections = [
+        f"---\n{_yaml(header)}---",
+        f"# {arch.name}\n\n{task.capitalize()}, {parameters:,} parameters, RGB in [0, 1] in and out"
+        + (f"; step {metadata['step']}" if "step" in metadata else "")
+        + ".",
+        f"## Network\n\n```yaml\n{_yaml(json.loads(metadata['arch']))}```",
+    ]
+    if "data" in config:
+        sections.append(f"## Data\n\n```yaml\n{_yaml(config['data'])}```")
+    if metrics:
+        rows = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
+        sections.append(f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}")
+    if config:
+        sections.append("## Training\n\n`mcir train config.yaml` with the config of this folder.")
+    sections.append(
+        "## Use\n\n"
+        "```python\nfrom mcir.weights.files import build_from\n\n"
+        f'net, arch, metadata = build_from("{WEIGHTS_FILE}")  # restored = net(degraded), (N, 3, H, W)\n```'
+    )
+    return "\n\n".join(sections) + "\n"

@@ -1,0 +1,144 @@
+"""The commands as a user types them: results on the screen and in files; every mistake one sentence and exit code 1."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mcir.archs import build
+from mcir.cli import main
+from mcir.data.resize import imresize
+from mcir.weights.files import save_weights
+
+ARCH = {"name": "edsr", "scale": 2, "num_features": 4, "num_blocks": 1}
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of `mcir ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["mcir", *map(str, arguments)])
+    with pytest.raises(SystemExit) as error:
+        main()
+    captured = capsys.readouterr()
+    return int(error.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Weights a and b, and three photographs of two sizes."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "Set3").mkdir()
+    for name, size in (("one", (31, 44)), ("two", (40, 40)), ("three", (31, 44))):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        coarse.resize(size[::-1], Image.Resampling.BICUBIC).save(tmp_path / "Set3" / f"{name}.png")
+    for name in "ab":
+        torch.manual_seed(ord(name))
+        net = build(ARCH)
+        save_weights(tmp_path / f"{name}.safetensors", net.state_dict(), {"arch": json.dumps(ARCH), "step": "7"})
+    return tmp_path
+
+
+def test_evaluate_compares_two_weights_and_bicubic(folder, monkeypatch, capsys):
+    out = folder / "out"
+    outputs = ["--json", out / "r.json", "--csv", out / "r.csv", "--plot", out / "r.png"]
+    outputs += ["--save-images", out / "images", "--divergence", out / "maps"]
+    weights = ["--weights", folder / "a.safetensors", folder / "b.safetensors"]
+    code, text, _ = run(
+        monkeypatch, capsys, "evaluate", *weights, "--data", folder / "Set3", "--baseline", "bicubic", *outputs
+    )
+    assert code == 0
+    assert "bicubic (scale 2), protocol sr" in text
+    content = json.loads((out / "r.json").read_text())
+    about = content["weights"]["a"]
+    assert about["sha256"] == subprocess.check_output(["sha256sum", folder / "a.safetensors"], text=True).split()[0]
+    assert (about["step"], about["arch"]["num_features"]) == (7, 4)
+    assert {"mcir", "torch", "python"} <= content["versions"].keys()
+    assert content["sets"]["Set3"]["degradation"] == {"name": "bicubic", "scale": 2}
+    results = content["results"]["Set3"]
+    assert list(results) == ["bicubic", "a", "b"]
+    for network in results.values():
+        psnr = [image["psnr"] for image in network["images"]]
+        assert network["mean"]["psnr"] == np.mean(psnr)
+        assert f"{np.mean(psnr):.2f}" in text
+    rows = list(csv.DictReader((out / "r.csv").open()))
+    assert [row["image"] for row in rows[:3]] == ["one", "three", "two"]
+    assert float(rows[3]["psnr"]) == results["a"]["images"][0]["psnr"]
+    assert {row["weights"] for row in rows if row["agreement"]} == {"b"}
+    # the saved picture is what was measured: bicubic of one.png, cropped to 30 x 44
+    clean = torch.from_numpy(np.array(Image.open(folder / "Set3" / "one.png"))).permute(2, 0, 1)[:, :30]
+    expected = imresize(imresize(clean, 0.5).float() / 255, 2).clamp(0, 1).mul(255).round().byte()
+    saved = np.asarray(Image.open(out / "images" / "Set3" / "bicubic" / "one.png"))
+    assert (saved == expected.permute(1, 2, 0).numpy()).all()
+    assert Image.open(out / "images" / "Set3.png").size == (5 * 44, 30 + 30 + 40)
+    assert Image.open(out / "maps" / "Set3" / "two.png").size == (4 * 40, 40)
+    assert Image.open(out / "r.png").format == "PNG"
+    assert sorted(path.name for path in out.iterdir()) == ["images", "maps", "r.csv", "r.json", "r.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "{}/missing.pth", "--data", "{}/Set3"], "missing.pth: no such weights file"),
+        (
+            ["--weights", "{}/Set3/one.png", "--data", "{}/Set3", "--arch", "{{name: edsr, scale: 2}}"],
+            "weights are read from",
+        ),
+        (["--weights", "{}/a.safetensors", "--data", "{}/Set3", "--protocol", "y"], "protocol y: there is sr"),
+        (["--weights", "{}/a.safetensors", "--data", "{}/none"], "nothing there that can be read"),
+        (["--weights", "{}/a.safetensors", "--data", "x={}/Set3,{}/Set3"], "at scale 2 degraded should be 15 x 22"),
+        (["--weights", "{}/a.safetensors", "--data", "{}/Set3", "--tile", "big"], "--tile big: give a number"),
+        (["--weights", "{}/a.safetensors", "--data", "{}/Set3", "--tile", "8", "--overlap", "5"], "overlap 5: from 0"),
+        (["--weights", "{}/a.safetensors", "--data", "{}/Set3", "--baseline", "degraded"], "for scale 2 it is bicubic"),
+        (["--weights", "{}/a.safetensors", "--data", "{}/Set3", "--divergence", "{}/d"], "give two --weights"),
+        (["--weights", "{}/a.safetensors", "--data", "{}/Set3", "--plot", "{}/p.png"], "give two --weights"),
+        (["--weights", "{}/a.safetensors", "--data", "{}/Set3", "--json", "{}"], "is a folder"),
+        (["--weights", "bicubic={}/a.safetensors", "--data", "{}/Set3", "--baseline", "bicubic"], "cannot be called"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_writes_nothing(folder, monkeypatch, capsys, arguments, message):
+    before = sorted(folder.rglob("*"))
+    extra = [] if "--json" in arguments else ["--json", str(folder / "r.json")]
+    code, _, said = run(monkeypatch, capsys, "evaluate", *(a.format(folder, folder) for a in arguments), *extra)
+    assert code == 1
+    assert message in said
+    assert said.startswith("mcir: ")
+    assert said.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_networks_of_two_scales_are_not_compared(folder, monkeypatch, capsys):
+    arch = ARCH | {"scale": 4}
+    save_weights(folder / "c.safetensors", build(arch).state_dict(), {"arch": json.dumps(arch)})
+    weights = ["--weights", folder / "a.safetensors", folder / "c.safetensors"]
+    code, _, said = run(monkeypatch, capsys, "evaluate", *weights, "--data", folder / "Set3")
+    assert code == 1
+    assert "networks of different scales cannot be compared: a x2, c x4" in said
+
+
+def test_restore_writes_what_it_can_and_reports_the_rest(folder, monkeypatch, capsys):
+    (folder / "Set3" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    command = ["restore", folder / "Set3", "--weights", folder / "a.safetensors", "--output", folder / "out"]
+    code, _, said = run(monkeypatch, capsys, *command)
+    assert code == 1
+    assert "1 could not be restored:" in said
+    assert "broken.png" in said
+    assert {path.name: Image.open(path).size for path in (folder / "out").iterdir()} == {
+        "one.png": (88, 62),
+        "two.png": (80, 80),
+        "three.png": (88, 62),
+    }
+    (folder / "Set3" / "broken.png").unlink()
+    whole = np.asarray(Image.open(folder / "out" / "one.png")).astype(int)
+    code, _, said = run(monkeypatch, capsys, *command)
+    assert code == 0
+    assert "3 of 3 exist" in said
+    tiled = [*command, "--overwrite", "--tile", "20", "--overlap", "10", "--ensemble"]
+    code, _, said = run(monkeypatch, capsys, *tiled)
+    assert code == 0
+    assert (np.asarray(Image.open(folder / "out" / "one.png")) != whole).any()  # the ensemble is another estimate
+    assert run(monkeypatch, capsys, *command[:-1], folder / "o2", "--tile", "x")[0] == 1
+    assert not (folder / "o2").exists()

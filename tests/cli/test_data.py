@@ -1,0 +1,84 @@
+"""`mcir data …` as a user types it: what it says, what it writes; every mistake one sentence and nothing written."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.cli.test_cli import run
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Two photographs, and the same at half the size."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for half, side in (("clean", 64), ("degraded", 32)):
+        (tmp_path / half).mkdir()
+        for name in "ab":
+            pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / half / f"{name}.png")
+    return tmp_path
+
+
+def test_pairs_are_packed_and_inspected(folder, monkeypatch, capsys):
+    pack = ["data", "pack", "clean", "out", "--degraded", "degraded", "--scale", "2", "--num-workers", "0"]
+    pack += ["--crop-size", "32", "--crop-step", "32", "--split", "test"]
+    for _ in range(2):  # the second finds it done
+        code, said, _ = run(monkeypatch, capsys, *pack)
+        assert (code, said) == (0, "out: 8 samples in 1 shard\n")
+    assert pq.read_table(folder / "out/test-00000-of-00001.parquet").column_names == ["clean", "degraded", "key"]
+    code, said, _ = run(monkeypatch, capsys, "data", "inspect", "out", "--sheet", "new/sheet")
+    assert code == 0
+    assert "8 (8 pairs)" in said
+    assert Image.open(folder / "new/sheet").format == "PNG"
+
+
+def test_a_fault_is_printed_and_the_exit_code_is_1(folder, monkeypatch, capsys):
+    (folder / "degraded/b.png").write_bytes(b"no picture")
+    code, said, _ = run(monkeypatch, capsys, "data", "inspect", "clean", "--degraded", "degraded", "--scale", "2")
+    assert code == 1
+    assert "degraded/b.png" in said.replace("\n", "")
+
+
+def test_the_valid_part_of_a_layout_is_what_the_hub_calls_validation(folder, monkeypatch, capsys):
+    (folder / "clean").rename(folder / "DIV2K_valid_HR")
+    code, *_ = run(monkeypatch, capsys, "data", "pack", ".", "out", "--layout", "div2k", "--split", "valid")
+    assert code == 0
+    assert [shard.name for shard in folder.glob("out/*.parquet")] == ["validation-00000-of-00001.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pack missing out", "missing is not a folder"),
+        ("pack clean out --split half", "--split half: choose train, validation or test"),
+        ("pack clean out --layout none", "there is no layout 'none'; there are div2k, "),
+        ("pack clean out --layout div2k --split test", "give the split, train or valid, not test"),
+        ("pack clean out --layout set5 --degraded degraded", "--degraded goes with plain folders"),
+        ("pack clean out --crop-format jpg", "--crop-format jpg: choose png or webp"),
+        ("pack clean out --crop-size 0", "crop_size must be a positive multiple"),
+        ("pack clean out --degradation bicubic", "--degradation bicubic: Input should be a valid dictionary"),
+        ("pack clean out --degradation {name:fog}", "--degradation {name:fog}: "),
+        ("pack clean degraded", "degraded is not empty"),
+        ("inspect clean --split test", "--split goes with a --layout"),
+        ("inspect clean --sheet degraded", "degraded: is a folder"),
+        ("inspect clean --sheet clean/a.png/sheet.png", "clean/a.png/sheet.png: cannot be written there"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_writes_nothing(folder, monkeypatch, capsys, arguments, message):
+    before = sorted(folder.rglob("*"))
+    code, printed, said = run(monkeypatch, capsys, "data", *arguments.split())
+    assert code == 1
+    assert message in said
+    assert said.startswith("mcir: ")
+    assert said.count("\n") == 1
+    assert not printed
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_scale_is_not_asked_of_shards(folder, monkeypatch, capsys):
+    run(monkeypatch, capsys, "data", "pack", "clean", "out")
+    code, _, said = run(monkeypatch, capsys, "data", "inspect", "out", "--scale", "2")
+    assert code == 1
+    assert "--scale goes with folders" in said

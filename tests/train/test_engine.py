@@ -1,0 +1,268 @@
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mcir.config import validate
+from mcir.data.loader import Batch
+from mcir.errors import UserError
+from mcir.parallel.shards import full_params
+from mcir.train.engine import build_engine
+from tests.runs import tiny_config
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def test_reproduces_the_published_multi_negative_trajectory(golden, shared_data, tmp_path):
+    """golden/spn_trajectory: the official code's losses and final weights over 12 steps with two negatives and an
+    EMA."""
+    with safe_open(golden / "spn_trajectory.safetensors", "pt") as f:
+        case, tensors = json.loads(f.metadata()["case"]), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+
+    def state(prefix):
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+    save_file(state("initial."), tmp_path / "initial.safetensors")
+    config = validate(
+        tiny_config(
+            tmp_path,
+            batch_size=2,
+            steps=case["steps"],
+            init_from=str(tmp_path / "initial.safetensors"),
+            arch={"name": "edsr", "scale": 2, "num_features": 16, "num_blocks": 2},
+            objective={
+                "spn": {
+                    "weight": 0.01,
+                    "features": {"weights": str(shared_data / "vgg16_hed_features.safetensors")},
+                    "negatives": case["spn"]["negatives"],
+                }
+            },
+            optim={"optimizer": {"name": "adam", "lr": 2e-4, "betas": [0.9, 0.99]}},
+            ema_decay=case["ema_decay"],
+        ),
+        "golden case",
+    )
+    engine = build_engine(config)
+    for k, net in enumerate(engine.negatives.nets):
+        net.load_state_dict(state(f"initial_negative{k}."))
+    losses = []
+    for step in range(1, case["steps"] + 1):
+        batch = Batch(tensors[f"degraded.{step}"], tensors[f"clean.{step}"], [])
+        parts = engine.step([batch])
+        losses.append(torch.stack([parts["reconstruction"], parts["spn"]]))
+        assert torch.equal(parts["total"], parts["reconstruction"] - parts["spn"])
+    assert ((torch.stack(losses) - tensors["losses"]) / tensors["losses"]).abs().max() < 1e-5
+    final = dict(full_params(engine.accelerator, engine.model))
+    for name, expected in state("final.").items():
+        assert relative(final[name], expected) < 1e-5, name
+    for k, net in enumerate(engine.negatives.nets):
+        for name, expected in state(f"final_negative{k}.").items():
+            assert relative(net.state_dict()[name], expected) < 1e-5, name
+    assert engine.ema is not None
+    averaged = {name: tensor.clone() for name, tensor in engine.ema.full()}
+    for name, expected in state("final_ema.").items():
+        assert relative(averaged[name], expected) < 1e-5, name
+
+
+def checkpoint_tensors(run_dir, step):
+    folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    return {f"{f.name}:{k}": v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def test_six_steps_equal_three_and_three_more(tmp_path):
+    values = tiny_config(tmp_path, steps=6)
+    whole = build_engine(validate(values, "whole"))
+    assert whole.fit() == 0
+    half = build_engine(validate(values | {"name": "half", "steps": 3}, "half"))
+    assert half.fit() == 0
+    resumed = build_engine(validate(values | {"name": "half"}, "resumed"), resume="auto")
+    assert (resumed.num_steps, resumed.loader.position) == (3, 12)
+    assert resumed.fit() == 0
+    expected, got = checkpoint_tensors(whole.run_dir, 6), checkpoint_tensors(resumed.run_dir, 6)
+    assert expected.keys() == got.keys()
+    assert any(key.startswith("negatives") for key in expected)
+    assert any(key.startswith("ema") for key in expected)
+    for key, value in expected.items():
+        assert torch.equal(value, got[key]), key
+
+
+def test_no_negatives_trains_plainly(tmp_path):
+    """With K = 0 the trained weights are those of the reconstruction loss alone."""
+    plain = build_engine(validate(tiny_config(tmp_path, objective={"spn": None}, steps=2), "plain"))
+    plain.fit()
+    values = tiny_config(tmp_path, steps=2)
+    values["objective"]["spn"]["negatives"] = []
+    empty = build_engine(validate(values, "empty"))
+    empty.fit()
+    for (name, a), (_, b) in zip(plain.model.named_parameters(), empty.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+    whole = build_engine(validate(tiny_config(tmp_path, steps=3, ema_decay=None), "whole"))
+    whole.fit()
+    split = build_engine(validate(tiny_config(tmp_path, steps=3, ema_decay=None, accumulate=2), "split"))
+    split.fit()
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), split.model.named_parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), name
+
+
+def test_a_step_without_finite_gradient_changes_nothing(tmp_path):
+    engine = build_engine(validate(tiny_config(tmp_path), "nan"))
+    good = next(iter(engine.loader))
+    engine.step([good])
+    before = [p.clone() for p in engine.model.parameters()]
+    moments = [v.clone() for state in engine.optimizer.state.values() for v in state.values()]
+    parts = engine.step([Batch(good.degraded, good.clean * float("nan"), good.key)])
+    assert float(parts["skipped"]) == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(moments, (v for s in engine.optimizer.state.values() for v in s.values()), strict=True)
+    )
+    assert float(engine.step([good])["skipped"]) == 0
+    assert not all(torch.equal(a, b) for a, b in zip(before, engine.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["cosine", "multistep"])
+def test_the_rate_is_that_of_torch(name):
+    """Against torch's own schedulers; cosine with a period shorter than the run rises again, as the released yml
+    does."""
+    from mcir.train.optim import Cosine, MultiStep, OptimConfig
+
+    optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=2e-4)
+    if name == "cosine":
+        schedule = Cosine(min_lr=1e-8, period=10)
+        reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10, eta_min=1e-8)
+    else:
+        schedule = MultiStep(milestones=(5, 12), gamma=0.5)
+        reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, [5, 12], gamma=0.5)
+    config = OptimConfig(optimizer={"name": "adam", "lr": 2e-4}, schedule=schedule)
+    for step in range(1, 31):
+        assert config.lr(step, 30) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+def test_a_run_that_cannot_recover_stops_with_the_step_and_the_last_good_checkpoint(tmp_path):
+    """A learning rate that destroys the weights: every later gradient is not finite."""
+    optim = {"optimizer": {"name": "adam", "lr": 1e30}, "max_skipped": 2}
+    values = tiny_config(tmp_path, steps=50, optim=optim, tracking={"log_every": 1}, checkpoint={"every": 1})
+    engine = build_engine(validate(values, "nan"))
+    with pytest.raises(UserError, match=r"not finite in 3 steps in a row, up to step 4 .*step-00000003"):
+        engine.fit()
+
+
+@pytest.mark.parametrize(("first", "second"), [("bf16", None), ("bf16", "fp32"), (None, "bf16")])
+def test_a_run_gets_its_precision_or_is_refused(first, second, tmp_path):
+    build_engine(validate(tiny_config(tmp_path, compute={"precision": first}), "first"))
+    again = validate(tiny_config(tmp_path, name="again", compute={"precision": second}), "second")
+    with pytest.raises(UserError, match=f"in {second or 'fp32'} and an earlier .* in {first or 'fp32'}"):
+        build_engine(again)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(tmp_path):
+    """The weights move the same way. No negative starts as the target: SPN's gradient would be the signs of differences
+    that are 0 or, where compiled code rounds otherwise without gradients, noise. Nor are Adam's steps, with a large
+    eps, the signs of gradients that are noise."""
+    values = tiny_config(tmp_path, optim={"optimizer": {"name": "adam", "lr": 1e-3, "eps": 1e-3}})
+    values["objective"]["spn"]["negatives"] = [
+        {"update_every": 2, "decay": 0.5, "start": 0.1},
+        {"update_every": 3, "start": 0.5},
+    ]
+    plain = build_engine(validate(values, "plain"))
+    start = [parameter.detach().clone() for parameter in plain.model.parameters()]
+    plain.fit()
+    compute = {"compile": True, "channels_last": True}
+    compiled = build_engine(validate(values | {"name": "compiled", "compute": compute}, "compiled"))
+    compiled.fit()
+    for (name, a), b, origin in zip(plain.model.named_parameters(), compiled.model.parameters(), start, strict=True):
+        assert (a - b).norm() < 1e-3 * (a - origin).norm(), name
+
+
+@pytest.mark.slow
+def test_one_compiled_graph_serves_all_negatives_before_and_after_their_updates(tmp_path):
+    """Two graphs in all: the target's, with gradients, and that of every negative."""
+    for k in (1, 3):
+        torch._dynamo.reset()
+        counters.clear()
+        values = tiny_config(tmp_path, compute={"compile": True})
+        values["objective"]["spn"]["negatives"] = [{"update_every": 2}] * k
+        engine = build_engine(validate(values, "compiled"))
+        batches = iter(engine.loader)
+        for _ in range(5):
+            engine.step([next(batches)])
+        assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_checkpointed_activations_change_nothing_and_are_not_kept(tmp_path):
+    def trained(name, on):
+        values = tiny_config(tmp_path, name=name, steps=2, compute={"checkpoint_activations": on})
+        engine = build_engine(validate(values, name))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            engine.model(torch.rand(1, 3, 32, 32))
+        engine.fit()
+        return [p.detach() for p in engine.model.parameters()], sum(kept)
+
+    (plain, all_kept), (checkpointed, kept) = trained("plain", False), trained("checkpointed", True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, checkpointed, strict=True))
+    assert kept < 0.8 * all_kept
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations by which Python looks into a tensor, or whose result has a size that depends on values:
+    each waits for the device, where there is one."""
+
+    WAITING = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if name in self.WAITING:
+            self.counted.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def busy_engine(folder):
+    """Everything a step can do: two micro-batches, clipping, EMA, negatives that are due every step."""
+    values = tiny_config(folder, accumulate=2)
+    values["optim"]["max_grad_norm"] = 1.0
+    for schedule in values["objective"]["spn"]["negatives"]:
+        schedule["update_every"] = 1
+    engine = build_engine(validate(values, "test"))
+    batches = iter(engine.loader)
+    return engine, [[next(batches), next(batches)] for _ in range(4)]
+
+
+def test_no_step_reads_a_value_on_the_host(tmp_path):
+    engine, batches = busy_engine(tmp_path)
+    with HostReads() as reads:
+        float(torch.ones(()))  # the instrument counts
+    assert reads.counted == ["_local_scalar_dense"]
+    with HostReads() as reads:
+        for micro_batches in batches:
+            engine.step(micro_batches)
+    assert reads.counted == []
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu(tmp_path):
+    engine, batches = busy_engine(tmp_path)
+    engine.step(batches[0])  # the first fills the optimizer's state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for micro_batches in batches[1:]:
+            engine.step(micro_batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,145 @@
+"""A run directory says how its run is: through starts, a stop, a failure, sudden death and the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mcir.config import load, validate
+from mcir.errors import UserError
+from mcir.train.engine import build_engine
+from mcir.train.record import Record, read
+from tests.distributed.launch import ROOT, environment, run, write_config
+from tests.runs import tiny_config
+
+SETS = {"seen": {"protocol": "sr", "degradation": {"name": "bicubic", "scale": 2}}}
+
+
+def record_of(folder, name="tiny"):
+    return json.loads((folder / "runs" / name / "run.json").read_text())
+
+
+def test_a_run_from_start_to_finish(tmp_path):
+    values = tiny_config(tmp_path)
+    source = values["data"]["train"][0]["source"]
+    values["validation"] = {"every": 3, "sets": {"seen": SETS["seen"] | {"source": source}}}
+    config = validate(values, "test")
+    engine = build_engine(config)
+    begun = record_of(tmp_path)
+    assert (begun["state"], begun["step"], begun["steps"], begun["best"]) == ("running", 0, 6, None)
+    assert engine.fit() == 0
+    record = record_of(tmp_path)
+    assert (record["state"], record["step"], record["message"]) == ("finished", 6, None)
+    assert record["images_per_s"] > 0
+    assert engine.state.best is not None
+    expected = {"metric": "seen/psnr", "value": engine.state.best[0], "checkpoint": engine.state.best[1]}
+    assert record["best"] == expected
+    assert load([engine.run_dir / record["config"]]) == config
+    (start,) = record["starts"]
+    assert (start["step"], start["reason"]) == (0, "begun")
+    assert start["environment"]["strategy"] == "single"
+    assert start["environment"]["world_size"] == len(start["environment"]["processes"]) == 1
+    assert start["environment"]["versions"].keys() >= {"torch", "accelerate", "mcir"}
+
+
+def test_restarts_are_listed_with_the_step_and_the_reason(tmp_path):
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path, steps=100_000, tracking={"log_every": 1}))
+    command = [sys.executable, "-m", "mcir", "train", str(config), "--resume", "auto"]
+
+    def signalled_at(beginning, number):
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert any(line.startswith(beginning) for line in process.stdout)
+        os.kill(process.pid, number)
+        process.communicate(timeout=60)
+
+    signalled_at("step 4/", signal.SIGTERM)
+    stopped = record_of(tmp_path)
+    assert stopped["state"] == "preempted"
+    signalled_at(f"step {stopped['step'] + 4}/", signal.SIGKILL)
+    killed = record_of(tmp_path)
+    assert killed["state"] == "running"
+    values = tiny_config(tmp_path, steps=killed["step"])
+    assert build_engine(validate(values, "test"), resume="auto").fit() == 0
+    record = record_of(tmp_path)
+    assert (record["state"], record["step"]) == ("finished", killed["step"])
+    reasons = [start["reason"] for start in record["starts"]]
+    assert reasons == ["begun", "it was preempted", "the process before ended without a word"]
+    assert record["starts"][1]["step"] == stopped["step"]
+    assert stopped["step"] < record["starts"][2]["step"] < killed["step"]
+    assert build_engine(validate(values, "test"), resume="auto").fit() == 0  # a finished run stays finished
+    assert record_of(tmp_path)["state"] == "finished"
+
+
+def test_a_failure_is_written_down_with_its_message(tmp_path):
+    values = tiny_config(tmp_path)
+    engine = build_engine(validate(values, "test"))
+    for file in (tmp_path / "data").glob("*.parquet"):
+        file.write_bytes(b"no parquet")
+    with pytest.raises(Exception, match=r"\w") as failure:
+        engine.fit()
+    record = record_of(tmp_path)
+    assert record["state"] == "failed"
+    assert str(failure.value)[:50] in record["message"]
+    for file in (tmp_path / "data").glob("*.parquet"):
+        file.unlink()
+    with pytest.raises(UserError):
+        build_engine(validate(tiny_config(tmp_path, init_from=str(tmp_path / "none.pth")), "test"), resume="auto")
+    assert "none.pth" in record_of(tmp_path)["message"]
+
+
+def test_two_processes_keep_one_record(tmp_path):
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path))
+    finished = run("fsdp2_cpu", "train", str(config))
+    assert finished.returncode == 0, finished.stdout
+    (start,) = record_of(tmp_path)["starts"]
+    assert (start["environment"]["strategy"], start["environment"]["world_size"]) == ("fsdp2", 2)
+    assert len(start["environment"]["processes"]) == 2
+
+
+def keep(folder, name, **arguments):
+    (folder / name).mkdir()
+    return Record(folder / name, name=name, steps=100, config="name: x\n", **arguments)
+
+
+def test_the_list_for_people_and_for_scripts(tmp_path):
+    keep(tmp_path, "a").end(0, 100)
+    second = keep(tmp_path, "b", step=20, origin="elsewhere/checkpoints/step-00000020")
+    second.update(
+        step=50, images_per_s=12.34, best={"metric": "x/psnr", "value": 30.126, "checkpoint": "step-00000040"}
+    )
+    with pytest.raises(UserError), second:
+        raise UserError("no more data")
+    listed = subprocess.run(
+        [sys.executable, "-m", "mcir", "runs", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=environment() | {"COLUMNS": "160"},
+    ).stdout.splitlines()
+    assert listed[1].split()[:3] == ["a", "finished", "100/100"]
+    for shown in ("failed: no more data", "50/100", "x/psnr 30.13 at step-00000040", "12.3"):
+        assert shown in listed[2]
+    as_json = subprocess.run(
+        [sys.executable, "-m", "mcir", "runs", str(tmp_path), "--json"], capture_output=True, check=True, cwd=ROOT
+    ).stdout
+    assert [record["state"] for record in json.loads(as_json)] == ["finished", "failed"]
+    assert json.loads(as_json)[1]["starts"][0]["reason"] == "begun from elsewhere/checkpoints/step-00000020"
+
+
+def test_what_is_no_run_is_said(tmp_path):
+    with pytest.raises(UserError, match="holds no runs"):
+        read(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="not a record"):
+        read(tmp_path)
+
+
+def test_a_broken_record_does_not_keep_the_run_from_going_on(tmp_path):
+    (tmp_path / "run.json").write_text('{"state":')
+    Record(tmp_path, name="x", steps=1, config="").end(75, 1)
+    assert read(tmp_path)[0]["state"] == "preempted"
