@@ -10,7 +10,7 @@ import torch
 from mcir.objective.negatives import Negatives, Schedule
 from mcir.parallel.accelerator import build_accelerator
 from mcir.parallel.shards import full_params, is_zero
-from tests.test_negatives import Tied
+from tests.objective.test_negatives import Tied
 
 
 def main(output: str) -> None:

@@ -112,7 +112,7 @@ def test_a_second_run_of_the_same_name_takes_a_directory_of_its_own(finished, tm
     again = build_engine(validate(tiny_config(tmp_path, steps=1), "run"))
     assert (finished.run_dir.name, again.run_dir.name) == ("tiny", "tiny-2")
     assert build_engine(validate(tiny_config(tmp_path, steps=1), "run"), resume="auto").run_dir.name == "tiny-2"
-    assert again.num_steps == 0
+    assert again.state.step == 0
 
 
 def test_nothing_is_unpickled(finished):

@@ -82,7 +82,7 @@ def test_six_steps_equal_three_and_three_more(tmp_path):
     half = build_engine(validate(values | {"name": "half", "steps": 3}, "half"))
     assert half.fit() == 0
     resumed = build_engine(validate(values | {"name": "half"}, "resumed"), resume="auto")
-    assert (resumed.num_steps, resumed.loader.position) == (3, 12)
+    assert (resumed.state.step, resumed.loader.position) == (3, 12)
     assert resumed.fit() == 0
     expected, got = checkpoint_tensors(whole.run_dir, 6), checkpoint_tensors(resumed.run_dir, 6)
     assert expected.keys() == got.keys()
