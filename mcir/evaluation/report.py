@@ -58,22 +58,14 @@ class Difference:
 
 def difference(values: Sequence[float], reference: Sequence[float]) -> Difference:
     """Paired, of the same images in the same order."""
+    from scipy.stats import t
+
     deltas = np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
     mean, count = float(deltas.mean()), len(deltas)
-    half = t_quantile(count - 1) * float(deltas.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan
+    if count < 2:
+        return Difference(mean, math.nan, math.nan)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1) * deltas.std(ddof=1)) / math.sqrt(count)
     return Difference(mean, mean - half, mean + half)
-
-
-def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
-    """t with P(|T| < t) = confidence for Student's T of so many degrees of freedom.
-
-    With T = sqrt(freedom) tan(angle), the density of the angle is proportional to cos(angle)^(freedom - 1): integrated
-    on a grid, to about 1e-6.
-    """
-    edges = np.linspace(0, math.pi / 2, 2**18 + 1)
-    inside = np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (freedom - 1))
-    angle = np.interp(confidence, np.concatenate([[0], inside / inside[-1]]), edges)
-    return float(math.sqrt(freedom) * math.tan(angle))
 
 
 def results_table(report: Report) -> Table:
@@ -146,14 +138,15 @@ def to_json(report: Report) -> str:
         for metric in ("psnr", "ssim")
     ]
     content = {**report.about, "results": results, "differences": differences}
-    return json.dumps(_jsonable(content), indent=1, allow_nan=False) + "\n"
+    return json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n"
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """The value with infinite and undefined numbers, which JSON lacks, as the strings "inf", "-inf" and "nan"."""
     if isinstance(value, Mapping):
-        return {key: _jsonable(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

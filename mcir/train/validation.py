@@ -18,6 +18,7 @@ from mcir.evaluation.pictures import comparison_png, results_table
 from mcir.parallel.shards import full_params
 from mcir.restoration.inference import infer
 from mcir.train.record import Record
+from mcir.train.scores import save as save_scores
 from mcir.train.state import State
 from mcir.train.tracking import Tracker
 
@@ -47,6 +48,8 @@ class Validation:
             tracker.scalars(state.step, {f"validation/{name}/{metric}": value for metric, value in means.items()})
             tracker.pictures(state.step, name, pictures, self._negative_pictures(pictures, state))
             tracker.message(f"step {state.step}: {name} PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f}")
+        if state.accelerator.is_main_process:
+            save_scores(tracker.run_dir, state.step, kind, {name: scores for name, (scores, _) in results.items()})
         if last:
             self._report(config, state, tracker, results)
         where, metric = (config.best or f"{next(iter(config.sets))}/psnr").rsplit("/", 1)
