@@ -21,7 +21,7 @@ from mcir.objective.objective import ObjectiveConfig
 from mcir.parallel.config import ComputeConfig
 from mcir.section import TAGS, Section, parse_yaml, to_yaml
 from mcir.train.config import CheckpointConfig, TrackingConfig
-from mcir.train.optim import OptimConfig
+from mcir.train.optim import OptimConfig, Segments
 
 
 class RunConfig(Section):
@@ -58,6 +58,13 @@ class RunConfig(Section):
             faults.append(f"data.crop_size: {self.data.crop_size} is no multiple of the network's scale {scale}")
         if self.batch_size % self.accumulate:
             faults.append(f"batch_size: {self.batch_size} is no multiple of accumulate, {self.accumulate}")
+        ends = self.optim.schedule.end if isinstance(self.optim.schedule, Segments) else None
+        if ends is not None and ends < self.steps:
+            faults.append(f"optim.schedule.pieces: the last ends at step {ends}, the run at {self.steps}")
+        for term in self.objective.reconstruction:
+            if term.min_side > self.data.crop_size:
+                needed = f"{term.name} needs at least {term.min_side} pixels"
+                faults.append(f"objective.reconstruction: {needed}, data.crop_size is {self.data.crop_size}")
         places = [(f"data.train.{i}", source.degradation) for i, source in enumerate(self.data.train)]
         if self.validation:
             places += [(f"validation.sets.{name}", s.degradation) for name, s in self.validation.sets.items()]
@@ -156,6 +163,9 @@ def _explain(fault: Any, values: Mapping[str, Any]) -> str:
     node: Any = values
     annotation: Any = RunConfig
     for part in fault["loc"]:
+        if isinstance(part, int) and isinstance(node, Mapping):  # one entry given in place of a list
+            annotation, _ = _descend(annotation, part)
+            continue
         inside = part in node if isinstance(node, Mapping) else isinstance(node, list) and isinstance(part, int)
         parent, (annotation, is_tag) = annotation, _descend(annotation, part)
         if is_tag and not inside:

@@ -39,7 +39,7 @@ def test_every_mistake_is_reported_at_once_with_its_path(tmp_path):
         "batchsize: no such field, do you mean batch_size?",
         "arch.num_feature: no such field, do you mean num_features?",
         "optim.optimizer.learning_rate: no such field",
-        "optim.schedule.name: cosin is none of constant, cosine, multistep, do you mean cosine?",
+        "optim.schedule.name: cosin is none of constant, linear, cosine, multistep, segments, do you mean cosine?",
         "data.train.0.degradation.scal: no such field, do you mean scale?",
         "data.train.0.source.format: parket is none of",
         "objective.spn.negatives.1.decay: Input should be less than 1 (given: 1.5)",
@@ -48,6 +48,27 @@ def test_every_mistake_is_reported_at_once_with_its_path(tmp_path):
     ]:
         assert line in text
     assert "9 mistakes" in text
+
+
+def test_one_loss_or_a_list_of_them(tmp_path):
+    values = tiny_config(tmp_path)
+    terms = [{"name": "charbonnier", "eps": 1e-6}, {"name": "edge", "weight": 0.05}]
+    values["objective"]["reconstruction"] = terms
+    config = validate(values, "two")
+    assert [(term.name, term.weight) for term in config.objective.reconstruction] == [
+        ("charbonnier", 1),
+        ("edge", 0.05),
+    ]
+    (tmp_path / "two.yaml").write_text(dump(config))
+    assert load([tmp_path / "two.yaml"]) == config
+    values["objective"]["reconstruction"] = [*terms, {"name": "edge", "wait": 1}]
+    assert "objective.reconstruction.2.wait: no such field, do you mean weight?" in mistakes(values)
+    values["objective"]["reconstruction"] = {"name": "edge", "wait": 1}
+    assert "objective.reconstruction.wait: no such field, do you mean weight?" in mistakes(values)
+    values["objective"]["reconstruction"] = {"name": "egde"}
+    assert "objective.reconstruction.name: egde is none of" in mistakes(values)
+    values["objective"]["reconstruction"] = {"name": "ms_ssim"}
+    assert "ms_ssim needs at least 161 pixels, data.crop_size is 16" in mistakes(values)
 
 
 def test_a_seed_that_no_generator_takes(tmp_path):
@@ -76,7 +97,7 @@ def test_files_merge_left_to_right_and_overrides_come_last(tmp_path):
     config = load(paths, ["optim.optimizer.lr=1e-4", "objective.spn.negatives.1.decay=0.25", "name=no"])
     assert config.steps == 7
     assert config.optim.schedule.name == "multistep"  # replaces the constant schedule, whose fields are not its own
-    assert config.objective.reconstruction.name == "psnr"
+    assert [term.name for term in config.objective.reconstruction] == ["psnr"]
     assert config.optim.optimizer.lr == 1e-4
     assert config.objective.spn is not None
     assert config.objective.spn.negatives[1].decay == 0.25

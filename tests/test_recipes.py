@@ -101,7 +101,7 @@ def test_the_numbers_are_the_published_ones(name):
         config.batch_size,
         config.data.crop_size,
         config.data.augment,
-        config.objective.reconstruction.name,
+        config.objective.reconstruction[0].name,
         optimizer.name,
         optimizer.betas,
         optimizer.weight_decay,
@@ -135,7 +135,7 @@ def test_the_memory_is_planned_without_data_or_device(name):
 def test_the_released_recipe_of_spn():
     config = recipe("dehaze/ffanet_its")
     assert config.objective.spn is not None
-    assert (config.objective.spn.weight, config.objective.reconstruction.weight, config.seed) == (1e-3, 1, 42)
+    assert (config.objective.spn.weight, config.objective.reconstruction[0].weight, config.seed) == (1e-3, 1, 42)
     assert config.validation is not None
     assert config.validation.weights == "target"  # its tests take the target's weights, not the averaged ones
 
@@ -149,7 +149,7 @@ def test_the_stored_masks_are_those_of_the_training_patch(name):
 
 def test_dehazeformers_l1_counts_as_between_images_in_minus_one_to_one():
     for variant in "tsb":
-        assert recipe(f"dehaze/dehazeformer_{variant}_reside_in").objective.reconstruction.weight == 2
+        assert recipe(f"dehaze/dehazeformer_{variant}_reside_in").objective.reconstruction[0].weight == 2
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mcir.config import RunConfig
 from mcir.data.loader import Batch
 from mcir.objective.features import Features
+from mcir.objective.reconstruction import Reconstruction
 from mcir.parallel.accelerator import precision_of, strategy
 from mcir.restoration.inference import is_out_of_memory
 from mcir.train.engine import Engine, build_engine
@@ -117,7 +118,7 @@ class Reference:
         config, device = engine.config, engine.accelerator.device
         spn = config.objective.spn
         assert spn is not None
-        self.weight, self.reconstruction = spn.weight, config.objective.reconstruction
+        self.weight, self.reconstruction = spn.weight, Reconstruction(config.objective.reconstruction).to(device)
         self.net = config.arch.build().to(device).train()
         self.negatives = [deepcopy(self.net).requires_grad_(False).eval() for _ in spn.negatives]
         self.features = Features(spn.features.network, spn.features.layers, spn.features.weights).to(device)
@@ -131,7 +132,7 @@ class Reference:
         mean = torch.zeros((), device=batches[0].clean.device)
         for batch in batches:
             restored = self.net(batch.degraded)
-            total = self.reconstruction(restored, batch.clean)
+            total = torch.stack([*self.reconstruction(restored, batch.clean).values()]).sum(0).mean()
             for negative in self.negatives:
                 with torch.no_grad():
                     past = self._observe(negative(batch.degraded))

@@ -3,17 +3,19 @@ negatives repel."""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from mcir.objective.contrast import SPN, SPNConfig
-from mcir.objective.reconstruction import L1, AnyReconstruction
+from mcir.objective.reconstruction import L1, Reconstruction, Terms
 from mcir.section import Section
 
 
 class ObjectiveConfig(Section):
     """What the target is trained for."""
 
-    reconstruction: AnyReconstruction = L1()
+    reconstruction: Terms = (L1(),)
+    """One loss or a list of them, each with its weight."""
     spn: SPNConfig | None = SPNConfig()
     """The contrast with the network's own history; null trains plainly."""
 
@@ -27,16 +29,20 @@ class Objective(nn.Module):
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__()
-        self.reconstruction = config.reconstruction
+        self.reconstruction = Reconstruction(config.reconstruction)
         self.spn: SPN | None = config.spn.build() if config.spn and config.num_negatives else None
 
     def forward(self, restored: Tensor, clean: Tensor, negatives: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The loss to minimise, `total`, and its parts; scalars in fp32."""
-        reconstruction = self.reconstruction(restored, clean)
+        """The loss to minimise, `total`, and its parts, each term of a sum by its name; scalars in fp32."""
+        terms = {name: values.mean() for name, values in self.reconstruction(restored, clean).items()}
+        reconstruction = torch.stack(list(terms.values())).sum()
+        parts = {"reconstruction": reconstruction}
+        if len(terms) > 1:
+            parts |= {f"reconstruction/{name}": value for name, value in terms.items()}
         if self.spn is None:
-            return {"total": _poisoned(reconstruction), "reconstruction": reconstruction}
+            return {"total": _poisoned(reconstruction), **parts}
         spn = self.spn(restored, negatives)
-        return {"total": _poisoned(reconstruction - spn), "reconstruction": reconstruction, "spn": spn}
+        return {"total": _poisoned(reconstruction - spn), **parts, "spn": spn}
 
 
 def _poisoned(total: Tensor) -> Tensor:

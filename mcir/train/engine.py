@@ -164,9 +164,8 @@ class Engine:
                 f"(more than optim.max_skipped); the last good checkpoint is {last.path if last else 'none'}. "
                 "Lower the learning rate, set optim.max_grad_norm, or look at the data"
             )
-        losses: dict[str, float] = {n: values.pop(n) for n in ("total", "reconstruction", "spn") if n in values}
-        scalars = {f"loss/{name}": value for name, value in losses.items()}
-        scalars |= {f"optim/{name}": value for name, value in values.items()}
+        scalars = {f"optim/{name}": values.pop(name) for name in ("grad_norm", "skipped")}
+        scalars |= {f"loss/{name}": value for name, value in values.items()}
         scalars |= {f"negatives/age_{k}": float(age) for k, age in enumerate(self.negatives.age(self.state.step))}
         scalars |= {
             "optim/lr": self.config.optim.lr(self.state.step, self.config.steps),
@@ -176,7 +175,7 @@ class Engine:
             "data/skipped": float(self.state.num_skipped()),
         }
         tracker.scalars(self.state.step, scalars)
-        tracker.status(self.state.step, losses, speed, wait)
+        tracker.status(self.state.step, values, speed, wait)
         self.record.update(step=self.state.step, images_per_s=speed)
 
     def load(self, checkpoint: Checkpoint) -> None:

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from itertools import pairwise
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
 from mcir.section import Section
@@ -39,50 +40,113 @@ class AdamW(Section):
         return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, self.weight_decay, fused=True)
 
 
-class Constant(Section):
+class _Schedule(Section):
+    name: str
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear rise to the base rate; the schedule itself is not shifted by them."""
+
+    def rate(self, base: float, step: int, steps: int) -> float:
+        """The rate of step `step`, counted from 0, of `steps`, from the base rate."""
+        raise NotImplementedError
+
+
+class Constant(_Schedule):
     """The base rate throughout."""
 
     name: Literal["constant"] = "constant"
-    warmup_steps: NonNegativeInt = 0
-    """Steps of linear rise to the base rate; the schedule itself is not shifted by them."""
 
     def rate(self, base: float, step: int, steps: int) -> float:
         return base
 
 
-class Cosine(Section):
+class Linear(_Schedule):
+    """A straight line from `start_lr` to `end_lr`."""
+
+    name: Literal["linear"] = "linear"
+    start_lr: NonNegativeFloat | None = None
+    """By default the base rate."""
+    end_lr: NonNegativeFloat | None = None
+    """By default the base rate."""
+
+    def rate(self, base: float, step: int, steps: int) -> float:
+        start = base if self.start_lr is None else self.start_lr
+        end = base if self.end_lr is None else self.end_lr
+        return start + (end - start) * step / steps
+
+
+class Cosine(_Schedule):
     """min_lr + (lr - min_lr) / 2 * (1 + cos(pi * t / period)); beyond `period` it rises again, as torch's
     CosineAnnealingLR."""
 
     name: Literal["cosine"] = "cosine"
     min_lr: NonNegativeFloat = 0.0
     period: PositiveInt | None = None
-    """Steps from lr down to min_lr; by default the length of the run."""
-    warmup_steps: NonNegativeInt = 0
-    """Steps of linear rise to the base rate; the schedule itself is not shifted by them."""
+    """Steps from lr down to min_lr; by default the length of the run, or of the piece."""
 
     def rate(self, base: float, step: int, steps: int) -> float:
         return self.min_lr + (base - self.min_lr) / 2 * (1 + math.cos(math.pi * step / (self.period or steps)))
 
 
-class MultiStep(Section):
+class MultiStep(_Schedule):
     """The rate is multiplied by `gamma` after each milestone (in steps)."""
 
     name: Literal["multistep"] = "multistep"
     milestones: tuple[PositiveInt, ...]
     gamma: PositiveFloat = 0.5
-    warmup_steps: NonNegativeInt = 0
-    """Steps of linear rise to the base rate; the schedule itself is not shifted by them."""
 
     def rate(self, base: float, step: int, steps: int) -> float:
         return base * self.gamma ** sum(step >= milestone for milestone in self.milestones)
+
+
+class Piece(Section):
+    """A piece of a schedule; it begins where the one before ends."""
+
+    until: PositiveInt | None = None
+    """The last step of the piece, counted from the beginning of the run; null, for the last piece only: its end."""
+    lr: PositiveFloat | None = None
+    """The base rate of the piece; by default the optimizer's."""
+    schedule: Annotated[Constant | Linear | Cosine | MultiStep, Field(discriminator="name")]
+    """Its own steps count from the beginning of the piece."""
+
+
+class Segments(Section):
+    """One schedule after the other: flat and then a cosine, cosines with floors of their own, a line up and steps
+    down."""
+
+    name: Literal["segments"] = "segments"
+    pieces: tuple[Piece, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        ends = [math.inf if piece.until is None else piece.until for piece in self.pieces]
+        for i, (end, following) in enumerate(pairwise(ends), 1):
+            if following <= end or math.isinf(end):
+                raise ValueError(f"pieces.{i} does not end after the one before it: until must rise")
+        return self
+
+    @property
+    def end(self) -> int | None:
+        """The last step that has a rate; null: any has."""
+        return self.pieces[-1].until
+
+    def locate(self, step: int, steps: int) -> tuple[Piece, int, int]:
+        """(piece, its first step, its length) at a step counted from 0."""
+        begin, last = 0, self.pieces[-1]
+        for piece in self.pieces[:-1]:
+            assert piece.until is not None
+            if step < piece.until:
+                return piece, begin, piece.until - begin
+            begin = piece.until
+        return last, begin, (last.until or max(steps, begin + 1)) - begin
 
 
 class OptimConfig(Section):
     """How the target moves."""
 
     optimizer: Annotated[Adam | AdamW, Field(discriminator="name")]
-    schedule: Annotated[Constant | Cosine | MultiStep, Field(discriminator="name")] = Constant()
+    schedule: Annotated[Constant | Linear | Cosine | MultiStep | Segments, Field(discriminator="name")] = Constant()
+    lr_every: PositiveInt = 1
+    """Steps between two changes of the rate: an epoch's, where the published schedule moves once an epoch."""
     max_grad_norm: PositiveFloat | None = None
     """Gradients are scaled down to this total norm; null: never."""
     max_skipped: NonNegativeInt = 10
@@ -90,8 +154,14 @@ class OptimConfig(Section):
 
     def lr(self, step: int, steps: int) -> float:
         """The rate of optimizer step `step`, counted from 1, in a run of `steps`."""
-        rate = self.schedule.rate(self.optimizer.lr, step - 1, steps)
-        return rate * min(1.0, step / self.schedule.warmup_steps) if self.schedule.warmup_steps else rate
+        schedule, base, place = self.schedule, self.optimizer.lr, (step - 1) // self.lr_every * self.lr_every
+        if isinstance(schedule, Segments):
+            piece, begin, steps = schedule.locate(place, steps)
+            schedule, base, place = piece.schedule, piece.lr or base, place - begin
+        rate = schedule.rate(base, place, steps)
+        if not schedule.warmup_steps:
+            return rate
+        return rate * min(1.0, (place + self.lr_every) / schedule.warmup_steps)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
