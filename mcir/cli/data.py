@@ -13,6 +13,11 @@ Layout = Annotated[
     str | None, typer.Option(help="Name of a published dataset's layout; SOURCE is where it was unpacked.")
 ]
 Degraded = Annotated[Path | None, typer.Option(help="Folder of degraded images with the names of those in SOURCE.")]
+Pattern = Annotated[
+    str,
+    typer.Option(help="Names of degraded images, '{key}x4.png'; with *, '{key}_*', many belong to one clean image."),
+]
+CleanPattern = Annotated[str, typer.Option(help="Names of clean images, where --pattern says what they share.")]
 Split = Annotated[str | None, typer.Option(help="Part of a layout that has several, such as train or test.")]
 Scale = Annotated[int, typer.Option(min=1, help="Clean side / degraded side; 1 where they are equal.")]
 
@@ -31,6 +36,8 @@ def pack(
     output: Annotated[Path, typer.Argument(help="Folder for the Parquet shards and their README.md.")],
     layout: Layout = None,
     degraded: Degraded = None,
+    pattern: Pattern = "{key}",
+    clean_pattern: CleanPattern = "{key}",
     split: Annotated[
         str | None, typer.Option(help="Part of a layout that has several; also names the shards (train).")
     ] = None,
@@ -68,7 +75,7 @@ def pack(
         degradation=_degradation(degradation),
         split=_SPLITS[split],
     )
-    pairs = _pairs(source, layout, degraded, split, scale)
+    pairs = _pairs(source, layout, degraded, split, scale, (pattern, clean_pattern))
     if pairs.note:
         print(f"{pairs.title}: {pairs.note}")
     shards = write(pairs, output, options, num_workers)
@@ -83,13 +90,15 @@ def inspect(
     ],
     layout: Layout = None,
     degraded: Degraded = None,
+    pattern: Pattern = "{key}",
+    clean_pattern: CleanPattern = "{key}",
     split: Split = None,
     scale: Scale = 1,
     sheet: Annotated[Path | None, typer.Option(help="Where to save a contact sheet (PNG).")] = None,
 ) -> None:
     """Count, measure and decode every image; print what is wrong. Exit code 1 where anything is."""
+    from mcir.data.files import files_below
     from mcir.data.inspect import contact_sheet, inspect_packed, inspect_pairs
-    from mcir.data.layouts import files_below
     from mcir.evaluation.report import png, require_writable, write_whole
 
     if sheet:
@@ -99,7 +108,11 @@ def inspect(
         raise UserError("--split goes with a --layout, which knows where its parts are")
     if packed and scale > 1:
         raise UserError(f"--scale goes with folders: the shards of {source} say themselves what scale their pairs have")
-    report = inspect_packed(source) if packed else inspect_pairs(_pairs(source, layout, degraded, split, scale))
+    report = (
+        inspect_packed(source)
+        if packed
+        else inspect_pairs(_pairs(source, layout, degraded, split, scale, (pattern, clean_pattern)))
+    )
     report.print()
     if sheet:
         write_whole(sheet, png(contact_sheet(report.examples)))
@@ -121,13 +134,18 @@ def _degradation(text: str | None) -> Any:
         raise UserError(f"--degradation {text}: {faults}") from None
 
 
-def _pairs(source: Path, layout: str | None, degraded: Path | None, split: str | None, scale: int) -> Any:
-    from mcir.data.layouts import find_pairs, pair_folders
+def _pairs(
+    source: Path, layout: str | None, degraded: Path | None, split: str | None, scale: int, patterns: tuple[str, str]
+) -> Any:
+    from mcir.data.layouts import find_pairs
+    from mcir.data.pairs import pair_folders
 
     if layout is None and degraded is None and scale > 1:
         raise UserError("--scale goes with --degraded or a --layout: clean images alone have none")
     if layout is None:
-        return pair_folders(source, degraded, scale)
+        return pair_folders(source, degraded, scale, *patterns)
+    if patterns != ("{key}", "{key}"):
+        raise UserError("--pattern goes with plain folders: a --layout knows how its pairs are named")
     if degraded is not None:
         raise UserError("--degraded goes with plain folders: a --layout knows where its degraded images are")
     return find_pairs(layout, source, split, scale if scale > 1 else None)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from mcir.data.layouts import Pairs
 from mcir.data.options import Options
+from mcir.data.pairs import Pairs
 
 _ROW = re.compile(r"^\| (\S+\.parquet) \| ([\d,]+) \| ([\d,]+) \| `([0-9a-f]{64})` \|$", re.MULTILINE)
 

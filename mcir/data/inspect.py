@@ -23,7 +23,8 @@ from torch import Tensor
 from mcir.data.card import checksums, file_sha256
 from mcir.data.decode import decode
 from mcir.data.degrade import Bicubic, GaussianBlur, Haze, Jpeg, MotionBlur, Noise, Rain
-from mcir.data.layouts import Pairs, files_below
+from mcir.data.files import files_below
+from mcir.data.pairs import Pairs
 from mcir.errors import UserError
 
 Sample = tuple[str, tuple[str, str], bytes, bytes | None]  # key, where clean and degraded are, clean, degraded

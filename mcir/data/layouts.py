@@ -1,42 +1,15 @@
 """How each published dataset names its pairs on disk: folders in, (key, clean file, degraded file) out.
 
-A layout is data, not code: where both halves lie and how a degraded file's name leads to its clean one. Every image
-file of those folders must take part: a missing half, a name that does not fit or a name twice is an error that lists
-the files. Folders are those the published training codes read (FFA-Net, DehazeFormer, IDT, NAFNet, SwinIR, BasicSR).
+A layout is data, not code: where both halves lie and how a degraded file's name leads to its clean one (pairs.py).
+Folders are those the published training codes read (FFA-Net, DehazeFormer, IDT, NAFNet, SwinIR, BasicSR).
 """
 
-import os
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from mcir.data.files import LeftOut, is_left_over
+from mcir.data.pairs import Fault, Names, Pair, Pairs, images_below, match, repeated_keys, settle
 from mcir.errors import UserError
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".gif"})
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One sample on disk. `degraded` is None where it will be made on the fly."""
-
-    key: str
-    clean: Path
-    degraded: Path | None
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The samples of a dataset in the order of their keys, and what holds for all of them."""
-
-    samples: tuple[Pair, ...]
-    scale: int = 1
-    """Clean side / degraded side."""
-    centre_crop: bool = False
-    """Clean images may be larger: their centre, of the degraded image's size, is the clean half (RESIDE indoor)."""
-    title: str = ""
-    note: str = ""
-    """Where the count differs from the published one: what was expected."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +114,18 @@ LAYOUTS = {
 }
 
 
-def find_pairs(layout: str, root: Path, split: str | None = None, scale: int | None = None) -> Pairs:
+def find_pairs(
+    layout: str,
+    root: Path,
+    split: str | None = None,
+    scale: int | None = None,
+    faults: list[Fault] | None = None,
+) -> Pairs:
     """The samples of a published dataset unpacked at `root`.
 
     `split` is asked of layouts that hold several, `scale` of super-resolution sets (without it only their clean half is
-    taken). Raises UserError: unknown layout, split or scale; no such folders; halves that do not fit (files named).
+    taken). Raises UserError: unknown layout, split or scale; no such folders; halves that do not fit, which go to
+    `faults` instead where they are given.
     """
     if layout not in LAYOUTS:
         raise UserError(f"there is no layout {layout!r}; there are {', '.join(LAYOUTS)}")
@@ -168,29 +148,16 @@ def find_pairs(layout: str, root: Path, split: str | None = None, scale: int | N
         wanted = " or ".join(" and ".join(_fill(f, places).clean for f in parts) for parts in known.alternatives)
         raise UserError(f"{root} is not laid out as {layout}: there is no folder {wanted} in it")
     with_degraded = scale is not None or not known.scales
-    samples = [pair for folders in parts for pair in _paired(root, folders, with_degraded)]
-    _refuse_repeated_keys(samples)
+    found: list[Fault] = []
+    left_out = LeftOut()
+    samples = [pair for folders in parts for pair in _paired(root, folders, with_degraded, found, left_out)]
+    settle(found + repeated_keys(samples), faults)
     published = known.published
     if split and len(published) == len(known.splits):
         published = (published[known.splits.index(split)],)
     expected = " or ".join(f"{count:,}" for count in published)
     note = "" if not published or len(samples) in published else f"published with {expected}, found {len(samples):,}"
-    return Pairs(tuple(samples), scale or 1, known.centre_crop, known.title, note)
-
-
-def pair_folders(clean: Path, degraded: Path | None = None, scale: int = 1) -> Pairs:
-    """Two folders with the same relative names on both sides (suffixes may differ), or one folder of clean images.
-
-    Raises UserError as `find_pairs` does.
-    """
-    for folder in (clean, degraded):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"{folder} is not a folder")
-    if degraded is None:
-        samples = [Pair(name, path, None) for name, path in _images(clean).items()]
-    else:
-        samples = _match(_images(clean), _images(degraded), Folders(str(clean), str(degraded)), "")
-    return Pairs(tuple(samples), scale, title=clean.name)
+    return Pairs(tuple(samples), scale or 1, known.centre_crop, known.title, note, left_out)
 
 
 def _fill(folders: Folders, places: dict[str, str]) -> Folders:
@@ -198,91 +165,21 @@ def _fill(folders: Folders, places: dict[str, str]) -> Folders:
     return Folders(clean, degraded, folders.name.replace("{scale}", places["scale"]), folders.clean_name)
 
 
-def _paired(root: Path, folders: Folders, with_degraded: bool) -> list[Pair]:
+def _paired(root: Path, folders: Folders, with_degraded: bool, faults: list[Fault], left_out: LeftOut) -> list[Pair]:
     samples = []
     before, star, after = folders.clean.partition("*")
     for clean in sorted(root.glob(folders.clean)):
         scene = clean.relative_to(root).as_posix()[len(before) :].removesuffix(after) if star else ""
+        if is_left_over(PurePath(scene)):
+            continue
         prefix = f"{scene}/" if scene else ""
         if not with_degraded:
-            samples += [Pair(prefix + name, path, None) for name, path in _images(clean).items()]
+            images = images_below(clean, faults, left_out)
+            samples += [Pair(prefix + name, path, None) for name, path in images.items()]
             continue
         degraded = root / folders.degraded.replace("*", scene)
         if not degraded.is_dir():
-            raise UserError(f"{clean} is there, but its degraded half {degraded} is not a folder")
-        halves = Folders(str(clean), str(degraded), folders.name, folders.clean_name)
-        samples += _match(_images(clean), _images(degraded), halves, prefix)
+            faults.append(Fault(f"{clean} is there, but its degraded half {degraded} is not a folder"))
+            continue
+        samples += match(clean, degraded, Names(folders.name, folders.clean_name), prefix, faults, left_out)
     return samples
-
-
-def _match(clean: dict[str, Path], degraded: dict[str, Path], folders: Folders, prefix: str) -> list[Pair]:
-    samples, odd, lonely, used = [], [], [], set()
-    for name, path in degraded.items():
-        match = re.fullmatch(folders.name, name)
-        if match is None:
-            odd.append(path)
-            continue
-        partner = match.expand(folders.clean_name)
-        if partner not in clean:
-            lonely.append(path)
-            continue
-        used.add(partner)
-        samples.append(Pair(prefix + match[1], clean[partner], path))
-    unused = [path for name, path in clean.items() if name not in used]
-    if odd:
-        raise UserError(f"{folders.degraded}: names that do not read as {folders.name!r}: {_list(odd)}")
-    if lonely:
-        raise UserError(f"degraded images without their clean half in {folders.clean}: {_list(lonely)}")
-    if unused:
-        raise UserError(f"clean images without a degraded half in {folders.degraded}: {_list(unused)}")
-    return samples
-
-
-def files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
-    """Files with one of the suffixes (in lower case), sorted, also those behind links to folders. UserError where a
-    link leads back to a folder above it, or a name is not UTF-8."""
-    wanted, files = frozenset(suffixes), list[Path]()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        above = Path(parent).resolve()
-        for name in folders:
-            path = Path(parent, name)
-            if path.is_symlink() and above.is_relative_to(path.resolve()):
-                raise UserError(f"{path} is a link to a folder above it: remove it")
-        for name in names:
-            if Path(name).suffix.lower() not in wanted:
-                continue
-            try:
-                name.encode()
-            except UnicodeEncodeError:
-                raise UserError(f"{parent} has a name that is not UTF-8, {os.fsencode(name)!r}: rename it") from None
-            files.append(Path(parent, name))
-    return sorted(files)
-
-
-def _images(folder: Path) -> dict[str, Path]:
-    """Image files below `folder`, sorted, by their relative path without suffix."""
-    images: dict[str, Path] = {}
-    for path in files_below(folder, IMAGE_SUFFIXES):
-        if path.name.startswith("."):
-            continue
-        if not path.is_file():
-            raise UserError(f"{path} leads to no file: remove it, or mend the link")
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in images:
-            raise UserError(f"two images of one name: {images[name]} and {path}; rename or remove one")
-        images[name] = path
-    if not images:
-        raise UserError(f"{folder} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return images
-
-
-def _refuse_repeated_keys(samples: list[Pair]) -> None:
-    seen: dict[str, Pair] = {}
-    for pair in samples:
-        if (other := seen.setdefault(pair.key, pair)) is not pair:
-            raise UserError(f"two samples have the key {pair.key}: {other.clean} and {pair.clean}")
-
-
-def _list(paths: Iterable[Path], most: int = 5) -> str:
-    names = [path.name for path in paths]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mcir.data.degrade import AnyDegradation
-from mcir.data.layouts import Pairs
+from mcir.data.pairs import Pairs
 from mcir.errors import UserError
 
 

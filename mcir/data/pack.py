@@ -35,8 +35,8 @@ from torch import Tensor
 
 from mcir.data.card import checksums, dataset_card, file_sha256
 from mcir.data.decode import decode
-from mcir.data.layouts import Pair, Pairs
 from mcir.data.options import Options
+from mcir.data.pairs import Pair, Pairs
 from mcir.data.parquet import CHECKSUMS, checksum
 from mcir.data.rows import Row
 from mcir.errors import UserError

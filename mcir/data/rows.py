@@ -1,8 +1,9 @@
 """An undecoded sample, and what every format is read as: units of known length."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from mcir.data.files import LeftOut
 from mcir.errors import UserError
 
 
@@ -23,6 +24,8 @@ class Units:
 
     lengths: tuple[int, ...]
     rows: Callable[[int, int], Iterator[Row | UserError]]
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """Files and members that take no part, and why."""
 
     def __iter__(self) -> Iterator[Row]:
         """All rows. UserError at the first that cannot be read."""

@@ -10,16 +10,19 @@ UserError in its place. What cannot be read alone (a row group) is an error for 
 """
 
 import tarfile
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice, repeat
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mcir.data.layouts import IMAGE_SUFFIXES, Pair, files_below, pair_folders
+from mcir.data.files import IMAGE_SUFFIXES, LeftOut, files_at, why_left_out
+from mcir.data.pairs import Pair, pair_folders
 from mcir.data.parquet import open_parquet
 from mcir.data.rows import Row, Units
 from mcir.errors import UserError
@@ -42,18 +45,13 @@ class ParquetSource(Source):
     """A folder of *.parquet files, one file, or a glob."""
 
     def open(self) -> Units:
-        path = Path(self.path)
-        if path.is_dir():
-            files = [str(file) for file in files_below(path, [".parquet"])]
-        elif path.is_file():
-            files = [self.path]
-        else:
-            files = sorted(str(file) for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        left_out = LeftOut()
+        files = [str(file) for file in files_at(self.path, ".parquet", left_out)]
         if not files:
             raise UserError(
                 f"no Parquet files at {self.path}: give a folder of *.parquet files (`mcir data pack` makes them)"
             )
-        return open_parquet(files, self.path)
+        return replace(open_parquet(files, self.path), left_out=left_out)
 
 
 class HubSource(Source):
@@ -90,16 +88,23 @@ class HubSource(Source):
 
 
 class FolderSource(Source):
-    """Image folders. Pairs have the same path below both folders, up to the file name's suffix."""
+    """Image folders. Pairs have the same path below both folders up to the file name's suffix, or fit a pattern."""
 
     format: Literal["folders"]
     clean: str
     degraded: str | None = None
+    pattern: str = "{key}"
+    """Names of degraded images, where they differ from the clean ones: `{key}x4.png`; with `*`, such as `{key}_*`, many
+    belong to one clean image."""
+    clean_pattern: str = "{key}"
+    """Names of clean images."""
 
     def open(self) -> Units:
-        pairs = pair_folders(Path(self.clean), Path(self.degraded) if self.degraded else None).samples
+        degraded = Path(self.degraded) if self.degraded else None
+        found = pair_folders(Path(self.clean), degraded, pattern=self.pattern, clean_pattern=self.clean_pattern)
+        pairs = found.samples
         lengths = tuple(len(pairs[i : i + FILES_IN_A_UNIT]) for i in range(0, len(pairs), FILES_IN_A_UNIT))
-        return Units(lengths, partial(_read_files, pairs))
+        return Units(lengths, partial(_read_files, pairs), found.left_out)
 
 
 class TarSource(Source):
@@ -111,14 +116,14 @@ class TarSource(Source):
     """A folder of *.tar files, one file, or a glob."""
 
     def open(self) -> Units:
-        path = Path(self.path)
-        files = sorted(path.glob("*.tar")) if path.is_dir() else sorted(path.parent.glob(path.name))
+        left_out = LeftOut()
+        files = files_at(self.path, ".tar", left_out)
         if not files:
             raise UserError(f"no tar files at {self.path}")
         tars: list[_Tar] = []
         where: dict[str, Path] = {}
         for file in files:
-            tars.append((file, list(_tar_members(file).items())))
+            tars.append((file, list(_tar_members(file, left_out).items())))
             for key, _ in tars[-1][1]:
                 if key in where:
                     raise UserError(f"{file} and {where[key]} both have the key {key}; rename or remove one")
@@ -128,7 +133,7 @@ class TarSource(Source):
             raise UserError(
                 f"{self.path}: some keys have a .degraded member and others none; pack pairs or clean alone"
             )
-        return Units(tuple(len(members) for _, members in tars), partial(_read_tar, tars))
+        return Units(tuple(len(members) for _, members in tars), partial(_read_tar, tars), left_out)
 
 
 AnySource = Annotated[ParquetSource | HubSource | FolderSource | TarSource, Field(discriminator="format")]
@@ -168,17 +173,21 @@ def _read_tar(tars: list[_Tar], unit: int, start: int) -> Iterator[Row | UserErr
             yield row
 
 
-def _tar_members(file: Path) -> dict[str, dict[str, _Place]]:
+def _tar_members(file: Path, left_out: LeftOut) -> dict[str, dict[str, _Place]]:
     """key -> part (`clean`, `degraded`) -> where in the tar its image is."""
     index: dict[str, dict[str, _Place]] = {}
     try:
         with tarfile.open(file, "r:") as tar:
             for member in tar:
-                if member.isdir() or Path(member.name).suffix.lower() not in IMAGE_SUFFIXES:
+                if member.isdir():
+                    continue
+                if reason := why_left_out(PurePosixPath(member.name), IMAGE_SUFFIXES):
+                    left_out.add(reason, f"{file}, {member.name}")
                     continue
                 if not member.isfile() or member.issparse():
                     raise UserError(f"{file}: {member.name} is a link: use tar's --dereference --hard-dereference")
                 key, part, *_ = *member.name.rsplit(".", 2)[:-1], ""
+                key, part = unicodedata.normalize("NFC", key), part.lower()
                 if part not in ("clean", "degraded"):
                     raise UserError(f"{file}: {member.name} is called neither KEY.clean.EXT nor KEY.degraded.EXT")
                 if part in index.setdefault(key, {}):

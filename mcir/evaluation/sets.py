@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from mcir.config import load
 from mcir.data.degrade import Bicubic
-from mcir.data.layouts import files_below
+from mcir.data.files import files_below
 from mcir.errors import UserError
 from mcir.evaluation.config import ValidationSet
 from mcir.evaluation.metrics import PROTOCOLS

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from mcir.archs.base import Descriptor
-from mcir.data.layouts import files_below
+from mcir.data.files import files_below, is_left_over
 from mcir.errors import UserError
 from mcir.restoration.images import SUFFIXES, Picture, open_header, read, to_rgb, with_rgb, write
 from mcir.restoration.inference import check_tiles, infer, is_out_of_memory
@@ -128,8 +128,7 @@ def find(pattern: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
         raise UserError(f"{pattern}: no such file or folder")
     inside_output = output_dir.resolve() if output_dir.resolve() != root.resolve() else None
     for file in found:
-        hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-        if hidden or file.suffix.lower() not in SUFFIXES or not file.is_file():
+        if is_left_over(file.relative_to(root)) or file.suffix.lower() not in SUFFIXES or not file.is_file():
             continue
         if inside_output is None or inside_output not in file.resolve().parents:
             yield file, file.relative_to(root)

@@ -32,10 +32,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms.functional import crop, hflip, to_tensor
 
-from mcir.data.layouts import pair_folders
 from mcir.data.loader import Loader
 from mcir.data.order import Order
 from mcir.data.pack import ROW_GROUP_BYTES, Options, pack
+from mcir.data.pairs import pair_folders
 from mcir.data.rows import Row, Units
 from mcir.data.stream import DataConfig, SourceStream
 

@@ -7,8 +7,9 @@ from PIL import Image
 from rich.console import Console
 
 from mcir.data.inspect import contact_sheet, degradation_examples, inspect_packed, inspect_pairs
-from mcir.data.layouts import find_pairs, pair_folders
+from mcir.data.layouts import find_pairs
 from mcir.data.pack import Options, pack
+from mcir.data.pairs import pair_folders
 from mcir.errors import UserError
 
 

@@ -1,6 +1,7 @@
 import pytest
 
-from mcir.data.layouts import LAYOUTS, find_pairs, pair_folders
+from mcir.data.layouts import LAYOUTS, find_pairs
+from mcir.data.pairs import pair_folders
 from mcir.errors import UserError
 
 # layout, split, scale, files on disk, (key, clean, degraded) expected. Names as the published archives have them.

@@ -21,8 +21,9 @@ from mcir.data import pack as pack_module
 from mcir.data.card import checksums
 from mcir.data.decode import decode
 from mcir.data.degrade import Bicubic
-from mcir.data.layouts import Pair, Pairs, find_pairs, pair_folders
+from mcir.data.layouts import find_pairs
 from mcir.data.pack import Options, crop_positions, pack
+from mcir.data.pairs import Pair, Pairs, pair_folders
 from mcir.data.resize import imresize
 from mcir.errors import UserError
 
@@ -204,7 +205,7 @@ def test_a_killed_pack_of_several_processes_continues_to_the_same_bytes(tmp_path
         save(tmp_path / f"clean/{i:03}.png", noise(150, 150, i))
     pack(pair_folders(tmp_path / "clean"), tmp_path / "whole", Options(crop_size=50, num_shards=20))
     program = (
-        "import sys; from pathlib import Path; from mcir.data.layouts import pair_folders;"
+        "import sys; from pathlib import Path; from mcir.data.pairs import pair_folders;"
         "from mcir.data.pack import Options, pack\n"
         "if __name__ == '__main__':\n"
         "    pack(pair_folders(Path(sys.argv[1])), Path(sys.argv[2]), Options(crop_size=50, num_shards=20), 2)\n"
