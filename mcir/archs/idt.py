@@ -13,7 +13,6 @@ import torch
 from einops import rearrange
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from mcir.archs.base import Arch, Descriptor, under
 
@@ -24,6 +23,12 @@ POSITION_KERNEL_REACH = 2
 Stages = tuple[
     PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt
 ]
+
+
+def _stochastic_depth(rate: float) -> nn.Module:
+    from torchvision.ops import StochasticDepth  # importing it takes as long as importing torch
+
+    return StochasticDepth(rate, "row")
 
 
 class QueryKeyValue(nn.Module):
@@ -93,7 +98,7 @@ class WindowBlock(nn.Module):
         self.window = window
         self.norm1 = nn.LayerNorm(dim)
         self.attn = GridAttention(dim, num_heads, side=window, bound=window, qkv_bias=qkv_bias)
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = _stochastic_depth(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = LocalFeedForward(dim, int(dim * mlp_ratio))
 
@@ -130,7 +135,7 @@ class SpatialBlock(nn.Module):
         super().__init__()
         self.window = window
         self.attn = GridAttention(window**2, num_heads, side=grid, bound=bound, qkv_bias=qkv_bias)
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = _stochastic_depth(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = LocalFeedForward(dim, int(window**2 * mlp_ratio))
 

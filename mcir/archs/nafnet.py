@@ -6,15 +6,17 @@ so on larger images it should average over windows of about that size, not over 
 and no key, and nothing at all up to a side of `tlc_size`; the published recipes have it on in training too.
 """
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt, model_validator
-from spandrel.architectures.NAFNet import NAFNet
 from torch import Tensor, nn
 
 from mcir.archs.base import Arch, Descriptor
+
+if TYPE_CHECKING:
+    from spandrel.architectures.NAFNet import NAFNet
 
 
 def _box_mean(x: Tensor, size: int, dim: int) -> Tensor:
@@ -44,7 +46,7 @@ class LocalAverage(nn.Module):
         return F.pad(mean, border, mode="replicate").to(x.dtype)
 
 
-def localise(net: NAFNet, size: int) -> None:
+def localise(net: "NAFNet", size: int) -> None:
     """Replace every global pooling by a local one over `size` pixels of the input image."""
     for blocks, scale in (
         *((encoder, level) for level, encoder in enumerate(net.encoders)),
@@ -80,6 +82,8 @@ class Nafnet(Arch):
         return Descriptor(blocks=("NAFBlock",), channels_last=True)
 
     def build(self) -> nn.Module:
+        from spandrel.architectures.NAFNet import NAFNet  # imports torchvision, which takes as long as torch
+
         net = NAFNet(
             img_channel=3,
             width=self.width,

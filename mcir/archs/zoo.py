@@ -16,9 +16,8 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import spandrel
 import torch
 from pydantic import JsonValue, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
@@ -26,6 +25,9 @@ from torch import Tensor, nn
 from mcir.archs.base import Arch, Descriptor
 from mcir.archs.state_dict import read_state_dict
 from mcir.errors import UserError
+
+if TYPE_CHECKING:
+    import spandrel
 
 
 def first_output(net: Any, inputs: tuple[Any, ...], outputs: Any) -> Tensor:
@@ -73,8 +75,10 @@ def _check_arguments(function: type[nn.Module], name: str, given: Mapping[str, A
 
 
 @lru_cache(maxsize=1)
-def _classes() -> Mapping[str, tuple[spandrel.Architecture, type[nn.Module]]]:
+def _classes() -> "Mapping[str, tuple[spandrel.Architecture, type[nn.Module]]]":
     """The networks of spandrel, and of spandrel_extra_arches when installed, by architecture id and by class name."""
+    import spandrel  # imports torchvision, which takes as long as torch
+
     try:
         import spandrel_extra_arches
     except ImportError:
@@ -94,8 +98,10 @@ def _classes() -> Mapping[str, tuple[spandrel.Architecture, type[nn.Module]]]:
     return MappingProxyType(found)
 
 
-def _detect(weights: Path) -> spandrel.ModelDescriptor:
+def _detect(weights: Path) -> "spandrel.ModelDescriptor":
     """The network that a weights file is of, with those weights."""
+    import spandrel
+
     _classes()
     try:
         return spandrel.ModelLoader().load_from_state_dict(read_state_dict(weights, prefer="ema"))

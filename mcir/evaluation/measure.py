@@ -18,13 +18,12 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from mcir import __version__
 from mcir.errors import UserError
 from mcir.evaluation.divergence import save_divergence
 from mcir.evaluation.evaluate import Picture, Restore, Scores, baseline, evaluate
-from mcir.evaluation.pictures import side_by_side
+from mcir.evaluation.pictures import side_by_side, to_image
 from mcir.evaluation.report import (
     COMPARISON_NOTE,
     Report,
@@ -205,7 +204,7 @@ def rows_png(shown: Sequence[Sequence[Picture]]) -> bytes:
     width = max(row.shape[2] for row in rows)
     white = (row.new_ones(3, row.shape[1], width - row.shape[2]) for row in rows)
     padded = [torch.cat([row, rest], dim=2) for row, rest in zip(rows, white, strict=True)]
-    return png(to_pil_image(torch.cat(padded, dim=1)))
+    return png(to_image(torch.cat(padded, dim=1)))
 
 
 def _about(

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.functional import to_pil_image
 
 from mcir.evaluation.evaluate import Picture, Scores
 
@@ -23,6 +23,11 @@ def side_by_side(images: Sequence[Tensor]) -> Tensor:
     return torch.cat([image[:, top : top + PICTURE_SIDE, left : left + PICTURE_SIDE] for image in shown], dim=2)
 
 
+def to_image(rgb: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] as an 8-bit picture."""
+    return Image.fromarray((rgb * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
+
+
 def comparison_png(path: Path, pictures: Sequence[Picture], references: Sequence[Picture]) -> None:
     """Rows of degraded | bicubic (or nothing, where the degraded image is the baseline) | restored | clean."""
     rows = []
@@ -30,7 +35,7 @@ def comparison_png(path: Path, pictures: Sequence[Picture], references: Sequence
         upscaled = [reference.restored] if picture.degraded.shape != picture.clean.shape else []
         rows.append(side_by_side([picture.degraded, *upscaled, picture.restored, picture.clean]))
     width = min(row.shape[2] for row in rows)
-    image = to_pil_image(torch.cat([row[:, :, :width] for row in rows], dim=1))
+    image = to_image(torch.cat([row[:, :, :width] for row in rows], dim=1))
     temporary = path.with_name(f".{path.name}.partial")
     image.save(temporary, format="PNG")
     os.replace(temporary, path)

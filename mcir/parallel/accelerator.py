@@ -18,9 +18,9 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mcir.errors import UserError
+from mcir.parallel.shards import is_sharded
 
 
 def build_accelerator(
@@ -207,7 +207,7 @@ def clip_and_guard(
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    if isinstance(norm, DTensor):
+    if is_sharded(norm):
         norm = norm.full_tensor()
     skipped = (~norm.isfinite()).float()
     inner = getattr(optimizer, "optimizer", optimizer)

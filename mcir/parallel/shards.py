@@ -6,14 +6,30 @@ exports are written once for every strategy and any number of processes. All of 
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from typing_extensions import TypeIs
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam and AdamW remember of each parameter, beside the number of its steps."""
+
+
+def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
+    """Whether FSDP2 holds this tensor; asked without importing DTensor, which brings sympy: half as long as torch."""
+    return hasattr(tensor, "full_tensor")
+
+
+def unwrapped(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The network inside DDP's or DeepSpeed's wrapper. `Accelerator.unwrap_model` imports DeepSpeed wherever it is
+    installed."""
+    wrapped = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
+    return model.module if accelerator.distributed_type in wrapped else model  # type: ignore[return-value]
 
 
 def is_zero(accelerator: Accelerator) -> bool:
@@ -33,7 +49,7 @@ def full_params(accelerator: Accelerator, model: nn.Module) -> Iterator[tuple[st
 
     Parameters come in fp32: the master weights under ZeRO. Do not keep the tensors: they may be views of the network's.
     """
-    net = accelerator.unwrap_model(model)
+    net = unwrapped(accelerator, model)
     for name, parameter in net.named_parameters():
         yield name, _whole(accelerator, parameter).float()
     persistent = _persistent_buffers(net)
@@ -46,7 +62,7 @@ def full_params(accelerator: Accelerator, model: nn.Module) -> Iterator[tuple[st
 @torch.no_grad()
 def load_full_params(accelerator: Accelerator, model: nn.Module, read: Callable[[str], Tensor]) -> None:
     """Overwrite parameters and persistent buffers with `read(name)`, a whole tensor, equal on every rank."""
-    net = accelerator.unwrap_model(model)
+    net = unwrapped(accelerator, model)
     for name, parameter in net.named_parameters():
         value = read(name).to(accelerator.device)
         if is_zero(accelerator):
@@ -63,8 +79,8 @@ def local_masters(accelerator: Accelerator, model: nn.Module, optimizer: torch.o
         zero = _zero_optimizer(optimizer)
         stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
         return list(zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups)
-    parameters = accelerator.unwrap_model(model).parameters()
-    return [p.to_local() if isinstance(p, DTensor) else p.data for p in parameters]
+    parameters = unwrapped(accelerator, model).parameters()
+    return [p.to_local() if is_sharded(p) else p.data for p in parameters]
 
 
 @torch.no_grad()
@@ -73,7 +89,7 @@ def full_moments(
 ) -> Iterator[tuple[str, Tensor]]:
     """(`name/exp_avg`, whole fp32 tensor) and (`name/step`, fp32 scalar) for each parameter that has been trained."""
     inner = _zero_optimizer(optimizer).optimizer if is_zero(accelerator) else optimizer
-    for name, parameter in accelerator.unwrap_model(model).named_parameters():
+    for name, parameter in unwrapped(accelerator, model).named_parameters():
         if is_zero(accelerator):
             if not parameter.requires_grad or not inner.state:
                 continue
@@ -102,7 +118,7 @@ def load_full_moments(
     if is_zero(accelerator):
         _zero_load_moments(accelerator, model, optimizer, read)
         return
-    for name, parameter in accelerator.unwrap_model(model).named_parameters():
+    for name, parameter in unwrapped(accelerator, model).named_parameters():
         step = read(f"{name}/step")
         if step is None:
             continue
@@ -133,11 +149,13 @@ def _whole(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
         return safe_get_full_fp32_param(tensor)
     # Uneven shards are why this is full_tensor() and nothing of our own: only the DTensor knows its global shape.
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor.detach()
 
 
 def _assign(destination: Tensor, value: Tensor) -> None:
-    if isinstance(destination, DTensor):
+    if is_sharded(destination):
+        from torch.distributed.tensor import distribute_tensor
+
         value = distribute_tensor(value.to(destination.dtype), destination.device_mesh, destination.placements)
     destination.copy_(value)
 
@@ -196,7 +214,7 @@ def _zero_load_moments(
     read: Callable[[str], Tensor | None],
 ) -> None:
     zero = _zero_optimizer(optimizer)
-    trained = [(n, p) for n, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad]
+    trained = [(n, p) for n, p in unwrapped(accelerator, model).named_parameters() if p.requires_grad]
     step = next((s for name, _ in trained if (s := read(f"{name}/step")) is not None), None)
     if step is None:
         return
