@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_valid
 from mcir.archs import AnyArch
 from mcir.data.stream import DataConfig
 from mcir.errors import UserError
-from mcir.evaluation.config import ValidationConfig
+from mcir.evaluation.config import MEAN, ValidationConfig
 from mcir.objective.objective import ObjectiveConfig
 from mcir.parallel.config import ComputeConfig
 from mcir.section import TAGS, Section, parse_yaml, to_yaml
@@ -70,7 +70,9 @@ class RunConfig(Section):
             places += [(f"validation.sets.{name}", s.degradation) for name, s in self.validation.sets.items()]
             if self.validation.weights == "ema" and self.ema_decay is None:
                 faults.append("validation.weights: ema, but ema_decay is not set")
-            metrics = [f"{name}/{metric}" for name in self.validation.sets for metric in ("psnr", "ssim")]
+            if MEAN in self.validation.sets:
+                faults.append(f"validation.sets.{MEAN}: that name is for the mean of the sets; call it otherwise")
+            metrics = [f"{name}/{metric}" for name in (*self.validation.sets, MEAN) for metric in ("psnr", "ssim")]
             if self.validation.best is not None and self.validation.best not in metrics:
                 faults.append(f"validation.best: no {self.validation.best}; there are {', '.join(metrics)}")
             if scale == 1 and any(data.protocol == "sr" for data in self.validation.sets.values()):

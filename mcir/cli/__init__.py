@@ -120,6 +120,9 @@ def evaluate(
     baseline: Annotated[
         str | None, typer.Option(metavar="bicubic|degraded", help="One more row: without a network.")
     ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Beside it what others measured, as a recipe given as --data says.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Results, checksums, configs, versions.")] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="A line for each image.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="PNG of the differences and intervals.")] = None,
@@ -144,7 +147,16 @@ def evaluate(
     networks = open_trained(weights, _kind(weights_kind), arch, allow_import)
     options = Options(_tile(tile), overlap, ensemble)
     outputs = Outputs(json, csv, plot, save_images, divergence)
-    measure(networks, data, accelerator, protocol=protocol, baseline_name=baseline, options=options, outputs=outputs)
+    measure(
+        networks,
+        data,
+        accelerator,
+        protocol=protocol,
+        baseline_name=baseline,
+        published=published,
+        options=options,
+        outputs=outputs,
+    )
     accelerator.end_training()
 
 

@@ -23,7 +23,7 @@ from mcir.data.resize import imresize
 from mcir.data.rows import Row
 from mcir.data.transforms import validation_pair
 from mcir.errors import UserError
-from mcir.evaluation.config import ValidationSet
+from mcir.evaluation.config import MEAN, ValidationSet
 from mcir.evaluation.metrics import score
 from mcir.restoration.inference import is_out_of_memory
 
@@ -40,6 +40,13 @@ class Scores:
 
     def mean(self) -> dict[str, float]:
         return {metric: float(np.mean(values)) for metric, values in self.values.items()}
+
+
+def mean_of_sets(means: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """The means of the sets, and under `mean` the mean of these: each set has the same weight, whatever its size."""
+    metrics = next(iter(means.values()))
+    together = {metric: float(np.mean([mean[metric] for mean in means.values()])) for metric in metrics}
+    return {**{name: dict(mean) for name, mean in means.items()}, MEAN: together}
 
 
 @dataclass(frozen=True)

@@ -76,13 +76,15 @@ def measure(
     *,
     protocol: str | None = None,
     baseline_name: str | None = None,
+    published: bool = False,
     options: Options = Options(),
     outputs: Outputs = Outputs(),
     console: Console | None = None,
 ) -> Report:
     """Every network on every set (`open_sets` says what a place is), printed and written. Collective.
 
-    `baseline_name`: `bicubic` (super-resolution) or `degraded` (the image as it came) as one more network.
+    `baseline_name`: `bicubic` (super-resolution) or `degraded` (the image as it came) as one more network; `published`:
+    beside what was measured, the results of others that the sets' config holds.
     Raises UserError before the first image for whatever does not fit together.
     """
     console = console or Console()
@@ -101,6 +103,9 @@ def measure(
     ):
         require_writable(path, folder)
     sets = open_sets(places, scale, protocol)
+    known = {name: test.data.published for name, test in sets.items() if published and test.data.published}
+    if published and not known:
+        raise UserError("--published: no set holds published results; give the recipe as --data configs/…/….yaml")
     for network in networks:
         for test in sets.values():
             check_tiles(network.arch.descriptor, _tile(test, options), options.overlap)
@@ -135,7 +140,7 @@ def measure(
             if outputs.images_dir and accelerator.is_main_process:
                 write_whole(outputs.images_dir / f"{name}.png", rows_png(shown))
     about = _about(networks, sets, options, baseline_name, accelerator)
-    report = Report(scores, baseline_name is not None, about)
+    report = Report(scores, baseline_name is not None, about, known)
     if accelerator.is_main_process:
         _publish(report, outputs, console)
     return report

@@ -10,7 +10,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from mcir.evaluation.evaluate import Picture, Scores
+from mcir.evaluation.config import MEAN
+from mcir.evaluation.evaluate import Picture, Scores, mean_of_sets
 
 PICTURE_SIDE = 384
 
@@ -42,13 +43,14 @@ def comparison_png(path: Path, pictures: Sequence[Picture], references: Sequence
 
 
 def results_table(baseline_name: str, scores: Mapping[str, tuple[Scores, Scores]]) -> Table:
-    """Set by set: (baseline, network)."""
+    """Set by set: (baseline, network), and the mean of several sets."""
     table = Table("set", "images", f"{baseline_name} PSNR / SSIM", "restored PSNR / SSIM", "gain")
-    for name, (reference, restored) in scores.items():
-        before, after = reference.mean(), restored.mean()
+    before_of, after_of = (mean_of_sets({name: pair[i].mean() for name, pair in scores.items()}) for i in (0, 1))
+    for name in [*scores, *([MEAN] if len(scores) > 1 else [])]:
+        before, after = before_of[name], after_of[name]
         table.add_row(
             name,
-            str(len(restored.keys)),
+            str(len(scores[name][1].keys)) if name in scores else f"{len(scores)} sets",
             f"{before['psnr']:.2f} dB / {before['ssim']:.4f}",
             f"{after['psnr']:.2f} dB / {after['ssim']:.4f}",
             f"{after['psnr'] - before['psnr']:+.2f} dB",

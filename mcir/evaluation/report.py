@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Report:
     """Set -> network -> values; the same networks in the same order everywhere, the baseline first."""
     has_baseline: bool
     about: Mapping[str, Any]
+    published: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
+    """Set -> whose -> PSNR in dB and SSIM, to be shown beside what was measured."""
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -69,13 +71,15 @@ def difference(values: Sequence[float], reference: Sequence[float]) -> Differenc
 
 
 def results_table(report: Report) -> Table:
-    """Sets by networks, PSNR and SSIM."""
+    """Sets by networks, PSNR and SSIM, and what is published of the set."""
     table = Table("set", "images", "weights", "PSNR, dB", "SSIM")
     for name, scores in report.scores.items():
         for i, (network, values) in enumerate(scores.items()):
             means = values.mean()
             head = (name, str(len(values.keys))) if i == 0 else ("", "")
             table.add_row(*head, network, f"{means['psnr']:.2f}", f"{means['ssim']:.4f}")
+        for whose, (psnr, ssim) in report.published.get(name, {}).items():
+            table.add_row("", "", f"published: {whose}", f"{psnr:.2f}", f"{ssim:.4f}")
         table.add_section()
     return table
 

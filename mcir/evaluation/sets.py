@@ -103,6 +103,8 @@ def fit(name: str, values: dict[str, Any], tile: Any, scale: int, protocol: str 
         raise UserError(f"{name}: protocol sr is for super-resolution, and the network's scale is 1; give another one")
     try:
         data = ValidationSet.model_validate({**values, "protocol": protocol})
+        if protocol != values.get("protocol"):
+            data = data.model_copy(update={"published": {}})  # measured otherwise: not to be compared
     except ValidationError as error:
         raise UserError(f"--data {name}: {faults(error)}") from None
     units = data.source.open()

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mcir.evaluation.config import ValidationConfig
-from mcir.evaluation.evaluate import Picture, Scores, baseline, evaluate
+from mcir.evaluation.config import MEAN, ValidationConfig
+from mcir.evaluation.evaluate import Picture, Scores, baseline, evaluate, mean_of_sets
 from mcir.evaluation.pictures import comparison_png, results_table
 from mcir.parallel.shards import full_params
 from mcir.restoration.inference import infer
@@ -43,17 +43,20 @@ class Validation:
                 lambda degraded: self.restore(degraded, state), data, scale, state.accelerator, num_pictures
             )
             results[name] = scores, pictures
-            means = scores.mean()
-            state.measured |= {f"{name}/{metric} ({kind})": round(value, 4) for metric, value in means.items()}
-            tracker.scalars(state.step, {f"validation/{name}/{metric}": value for metric, value in means.items()})
+            mean = scores.mean()
+            state.measured |= {f"{name}/{metric} ({kind})": round(value, 4) for metric, value in mean.items()}
+            tracker.scalars(state.step, {f"validation/{name}/{metric}": value for metric, value in mean.items()})
             tracker.pictures(state.step, name, pictures, self._negative_pictures(pictures, state))
-            tracker.message(f"step {state.step}: {name} PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f}")
+            tracker.message(f"step {state.step}: {name} PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}")
+        means = mean_of_sets({name: scores.mean() for name, (scores, _) in results.items()})
+        if len(results) > 1:
+            tracker.scalars(state.step, {f"validation/{MEAN}/{metric}": means[MEAN][metric] for metric in means[MEAN]})
         if state.accelerator.is_main_process:
             save_scores(tracker.run_dir, state.step, kind, {name: scores for name, (scores, _) in results.items()})
         if last:
             self._report(config, state, tracker, results)
         where, metric = (config.best or f"{next(iter(config.sets))}/psnr").rsplit("/", 1)
-        value = results[where][0].mean()[metric]
+        value = means[where][metric]
         if not math.isfinite(value) or (state.best is not None and value <= state.best[0]):
             return False
         state.best = value, f"step-{state.step:08d}"

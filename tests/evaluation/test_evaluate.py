@@ -16,7 +16,7 @@ from mcir.data.rows import Units
 from mcir.data.sources import FolderSource
 from mcir.errors import UserError
 from mcir.evaluation.config import ValidationSet
-from mcir.evaluation.evaluate import evaluate
+from mcir.evaluation.evaluate import evaluate, mean_of_sets
 from mcir.parallel.accelerator import build_accelerator
 from mcir.train.engine import build_engine
 from tests.distributed.launch import write_config
@@ -44,6 +44,12 @@ def test_the_value_of_each_image_and_their_mean(tmp_path):
     assert [picture.key for picture in pictures] == ["0", "1"]
     assert pictures[1].degraded.eq(110 / 255).all()
     assert pictures[1].clean.eq(100 / 255).all()
+
+
+def test_each_set_weighs_the_same_in_the_mean_of_sets():
+    means = mean_of_sets({"small": {"psnr": 30.0, "ssim": 0.9}, "large": {"psnr": 20.0, "ssim": 0.5}})
+    assert means["mean"] == {"psnr": 25.0, "ssim": pytest.approx(0.7)}
+    assert means["large"] == {"psnr": 20.0, "ssim": 0.5}
 
 
 def test_what_a_visitor_returns_joins_the_scores(tmp_path):
@@ -117,7 +123,8 @@ def test_validation_in_a_run_is_mcir_evaluate_to_the_last_digit(tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["mcir", *arguments])
     with pytest.raises(SystemExit, match="0"):
         main()
-    results = json.loads(output.read_text())["results"]["held"]
+    content = json.loads(output.read_text())
+    results = content["results"]["held"]
     events = EventAccumulator(str(engine.run_dir / "tensorboard")).Reload()
     for name in ("x", "y"):
         measured = results[name]["mean"]

@@ -68,6 +68,14 @@ def test_all_are_compared_with_the_first_and_with_the_baseline():
     assert without.pairs == [("b", "a")]
 
 
+def test_published_results_stand_below_the_measured_ones():
+    report = Report(REPORT.scores, True, {}, {"One": {"plain": (26.04, 0.7849), "+SPN": (26.12, 0.7878)}})
+    lines = [line.split("│")[1:-1] for line in shown(results_table(report)).splitlines() if "│" in line]
+    assert [cell.strip() for cell in lines[-1]] == ["", "", "published: +SPN", "26.12", "0.7878"]
+    assert [cell.strip() for cell in lines[-2]] == ["", "", "published: plain", "26.04", "0.7849"]
+    assert len(lines) == 8
+
+
 def test_the_tables():
     lines = [line.split("│")[1:-1] for line in shown(results_table(REPORT)).splitlines() if "│" in line]
     assert [cell.strip() for cell in lines[0]] == ["Set", "3", "bicubic", "31.00", "0.9000"]
