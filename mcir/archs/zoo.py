@@ -228,12 +228,19 @@ class Zoo(Arch):
         return net.train()
 
 
+class _NotInstalled(ValueError):
+    """There is no such module on this machine."""
+
+
 class Imported(Arch):
     """The user's own network: a class that maps RGB in [0, 1] to RGB in [0, 1], and what is to be known of it."""
 
     name: Literal["import"] = "import"
     target: str
     """`package.module:Class`, importable from the working directory or installed."""
+    repository: str | None = None
+    """Where the class is to be had. With it the config is valid where the class is not, and building says what to
+    get."""
     arguments: dict[str, JsonValue] = {}  # noqa: RUF012
     scale: PositiveInt = 1
     size_multiple: PositiveInt = 1
@@ -249,7 +256,13 @@ class Imported(Arch):
 
     @model_validator(mode="after")
     def _exists_and_takes_these(self) -> Self:
-        _check_arguments(self._class(), self.target, self.arguments)
+        try:
+            network = self._class()
+        except _NotInstalled:
+            if self.repository is None:
+                raise
+        else:
+            _check_arguments(network, self.target, self.arguments)
         return self
 
     def _class(self) -> type[nn.Module]:
@@ -261,7 +274,9 @@ class Imported(Arch):
         try:
             module = importlib.import_module(module_name)
         except Exception as error:
-            raise ValueError(f"target '{self.target}': {module_name} cannot be imported: {error}") from error
+            absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+            kind = _NotInstalled if absent else ValueError
+            raise kind(f"target '{self.target}': {module_name} cannot be imported: {error}") from error
         network = getattr(module, class_name, None)
         if not (isinstance(network, type) and issubclass(network, nn.Module)):
             modules = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, nn.Module)]
@@ -270,7 +285,10 @@ class Imported(Arch):
 
     @property
     def descriptor(self) -> Descriptor:
-        return Descriptor(**self.model_dump(exclude={"name", "target", "arguments"}))
+        return Descriptor(**self.model_dump(exclude={"name", "target", "arguments", "repository"}))
 
     def build(self) -> nn.Module:
-        return self._class()(**self.arguments)
+        try:
+            return self._class()(**self.arguments)
+        except _NotInstalled as error:
+            raise UserError(f"arch.{error}; get {self.repository} and put its folder on PYTHONPATH") from error

@@ -10,6 +10,7 @@ from spandrel.architectures.HAT import HAT
 from torch import nn
 
 from mcir.archs import build, parse
+from mcir.errors import UserError
 
 HAT_SMALL = {
     "upscale": 2,
@@ -158,6 +159,16 @@ def test_imports_the_users_network_from_the_working_directory(own_module):
     arch = parse({"name": "import", "target": "my_networks:Net", "arguments": {"width": 4}, "size_multiple": 8})
     assert (arch.descriptor.scale, arch.descriptor.size_multiple) == (1, 8)
     assert arch.build()(torch.rand(1, 3, 8, 8)).shape == (1, 3, 8, 8)
+
+
+def test_a_network_of_a_named_repository_may_be_missing_until_it_is_built(own_module):
+    section = {"name": "import", "target": "their_networks.net:Net", "repository": "github.com/they/theirs", "scale": 2}
+    arch = parse(section)
+    assert arch.descriptor.scale == 2
+    with pytest.raises(UserError, match=r"(?i)no module.*their_networks.*get github\.com/they/theirs and put"):
+        arch.build()
+    with pytest.raises(ValidationError, match="did you mean 'width'"):  # what is there is checked
+        parse({"name": "import", "target": "my_networks:Net", "repository": "r", "arguments": {"widht": 4}})
 
 
 @pytest.mark.parametrize(
