@@ -9,14 +9,14 @@ __version__ = "0.1.0"
 __all__ = ["SPN", "Negatives", "Schedule", "__version__"]
 
 if TYPE_CHECKING:
-    from mcir.objective.contrast import SPN
     from mcir.objective.negatives import Negatives, Schedule
+    from mcir.objective.spn import SPN
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use: `mcir --help` must not wait for torch."""
     if name == "SPN":
-        from mcir.objective.contrast import SPN
+        from mcir.objective.spn import SPN
 
         return SPN
     if name in ("Negatives", "Schedule"):

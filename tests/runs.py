@@ -55,7 +55,12 @@ def tiny_config(folder: Path, **overrides: Any) -> dict[str, Any]:
         "arch": {"name": "edsr", "scale": 2, "num_features": 7, "num_blocks": 2},  # 7: shards of two ranks are uneven
         "data": {"train": [{"source": source, "degradation": bicubic}], "crop_size": 16, "num_workers": 0},
         "objective": {
-            "spn": {"weight": 0.01, "features": {"layers": layers, "weights": "random"}, "negatives": negatives}
+            "contrast": {
+                "name": "spn",
+                "weight": 0.01,
+                "features": {"layers": layers, "weights": "random"},
+                "negatives": negatives,
+            }
         },
         "optim": {"optimizer": {"name": "adam", "lr": 1e-3}},
         "ema_decay": 0.9,

@@ -31,8 +31,8 @@ def test_every_mistake_is_reported_at_once_with_its_path(tmp_path):
     values["optim"]["schedule"] = {"name": "cosin"}
     values["data"]["train"][0]["degradation"]["scal"] = 2
     values["data"]["train"][0]["source"]["format"] = "parket"
-    values["objective"]["spn"]["negatives"][1]["decay"] = 1.5
-    values["objective"]["spn"]["features"]["layers"] = {"relu9_9": 1.0}
+    values["objective"]["contrast"]["negatives"][1]["decay"] = 1.5
+    values["objective"]["contrast"]["features"]["layers"] = {"relu9_9": 1.0}
     del values["steps"]
     text = mistakes(values)
     for line in [
@@ -42,8 +42,8 @@ def test_every_mistake_is_reported_at_once_with_its_path(tmp_path):
         "optim.schedule.name: cosin is none of constant, linear, cosine, multistep, segments, do you mean cosine?",
         "data.train.0.degradation.scal: no such field, do you mean scale?",
         "data.train.0.source.format: parket is none of",
-        "objective.spn.negatives.1.decay: Input should be less than 1 (given: 1.5)",
-        "objective.spn.features.layers: no layer relu9_9",
+        "objective.contrast.negatives.1.decay: Input should be less than 1 (given: 1.5)",
+        "objective.contrast.features.layers: no layer relu9_9",
         "steps: required and not given",
     ]:
         assert line in text
@@ -94,14 +94,14 @@ def test_files_merge_left_to_right_and_overrides_come_last(tmp_path):
     )
     (tmp_path / "b.yaml").write_text(overlay)
     paths = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
-    config = load(paths, ["optim.optimizer.lr=1e-4", "objective.spn.negatives.1.decay=0.25", "name=no"])
+    config = load(paths, ["optim.optimizer.lr=1e-4", "objective.contrast.negatives.1.decay=0.25", "name=no"])
     assert config.steps == 7
     assert config.optim.schedule.name == "multistep"  # replaces the constant schedule, whose fields are not its own
     assert [term.name for term in config.objective.reconstruction] == ["psnr"]
     assert config.optim.optimizer.lr == 1e-4
-    assert config.objective.spn is not None
-    assert config.objective.spn.negatives[1].decay == 0.25
-    assert config.objective.spn.negatives[0].decay == 0.5
+    assert config.objective.contrast is not None
+    assert config.objective.contrast.negatives[1].decay == 0.25
+    assert config.objective.contrast.negatives[0].decay == 0.5
     assert config.name == "no"  # YAML 1.2: not a boolean
 
 
@@ -126,11 +126,21 @@ def test_missing_file_and_bad_overrides(tmp_path):
     (tmp_path / "a.yaml").write_text(dump(validate(tiny_config(tmp_path), "tiny")))
     for override, message in [
         ("steps", "path=value"),
-        ("objective.spn.negatives.9.decay=0.5", "9 is no place in a list of 3"),
+        ("objective.contrast.negatives.9.decay=0.5", "9 is no place in a list of 3"),
         ("steps.x=1", "steps.x: no such field|inside a plain value|steps"),
     ]:
         with pytest.raises(UserError, match=message):
             load([tmp_path / "a.yaml"], [override])
+
+
+def test_configs_of_before_the_contrasts_still_load(tmp_path):
+    values = tiny_config(tmp_path)
+    old = dict(values["objective"]["contrast"])
+    assert old.pop("name") == "spn"
+    assert validate(values | {"objective": {"spn": old}}, "old") == validate(values, "new")
+    assert validate(values | {"objective": {"spn": None}}, "old").objective.contrast is None
+    values["objective"]["spn"] = None
+    assert "objective.spn is now objective.contrast" in mistakes(values)
 
 
 def test_every_section_of_the_schema_is_described():

@@ -12,6 +12,7 @@ from mcir.bench.memory import plan
 from mcir.config import RunConfig, load
 from mcir.data.layouts import LAYOUTS
 from mcir.data.sources import ParquetSource
+from mcir.objective.spn import SPNConfig
 from mcir.train.engine import build_engine
 from tests.runs import write_dataset
 
@@ -117,8 +118,8 @@ def test_the_numbers_are_the_published_ones(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_negatives_are_the_released_ones(name):
     """Aitical/MCLIR, options/FFANet_RESIDE_IN_fromScratch.yml: the one option file of SPN."""
-    spn = recipe(name).objective.spn
-    assert spn is not None
+    spn = recipe(name).objective.contrast
+    assert isinstance(spn, SPNConfig)
     assert [s.update_every for s in spn.negatives] == [100, 200, 500, 1000]
     assert {(s.decay, s.start) for s in spn.negatives} == {(0.1, 0.1)}
     assert (spn.features.network, spn.features.weights) == ("vgg16", "imagenet")
@@ -134,8 +135,8 @@ def test_the_memory_is_planned_without_data_or_device(name):
 
 def test_the_released_recipe_of_spn():
     config = recipe("dehaze/ffanet_its")
-    assert config.objective.spn is not None
-    assert (config.objective.spn.weight, config.objective.reconstruction[0].weight, config.seed) == (1e-3, 1, 42)
+    assert config.objective.contrast is not None
+    assert (config.objective.contrast.weight, config.objective.reconstruction[0].weight, config.seed) == (1e-3, 1, 42)
     assert config.validation is not None
     assert config.validation.weights == "target"  # its tests take the target's weights, not the averaged ones
 
@@ -192,8 +193,8 @@ def test_trains_two_steps_and_validates(name, tmp_path):
         f"data.crop_size={min(side, 16 * scale) if arch == 'swinir' else side}",
         "data.num_workers=0",
         f"data.train.0.source.path={data}",
-        "objective.spn.features.weights=random",
-        "objective.spn.negatives=[{update_every: 1, decay: 0.1, start: 0.1}, {decay: 0.1, start: 0.1}]",
+        "objective.contrast.features.weights=random",
+        "objective.contrast.negatives=[{update_every: 1, decay: 0.1, start: 0.1}, {decay: 0.1, start: 0.1}]",
         *(f"validation.sets.{key}.source.path={data}" for key in list(config.validation.sets)),
         "tracking.log_every=1",
     ]

@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mcir.config import RunConfig
 from mcir.data.loader import Batch
-from mcir.objective.features import Features
 from mcir.objective.reconstruction import Reconstruction
+from mcir.objective.spn import SPNConfig
 from mcir.parallel.accelerator import precision_of, strategy
 from mcir.restoration.inference import is_out_of_memory
 from mcir.train.engine import Engine, build_engine
@@ -116,12 +116,14 @@ class Reference:
 
     def __init__(self, engine: Engine) -> None:
         config, device = engine.config, engine.accelerator.device
-        spn = config.objective.spn
-        assert spn is not None
-        self.weight, self.reconstruction = spn.weight, Reconstruction(config.objective.reconstruction).to(device)
+        contrast = config.objective.contrast
+        assert isinstance(contrast, SPNConfig)
+        assert engine.objective.weight is not None
+        self.weight = engine.objective.weight
+        self.reconstruction = Reconstruction(config.objective.reconstruction).to(device)
         self.net = config.arch.build().to(device).train()
-        self.negatives = [deepcopy(self.net).requires_grad_(False).eval() for _ in spn.negatives]
-        self.features = Features(spn.features.network, spn.features.layers, spn.features.weights).to(device)
+        self.negatives = [deepcopy(self.net).requires_grad_(False).eval() for _ in contrast.negatives]
+        self.features = contrast.features.build().to(device)
         self.features.layers.to(memory_format=torch.contiguous_format)
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optim.optimizer.name]
         self.optimizer = kind(self.net.parameters(), lr=1e-6)
@@ -137,7 +139,7 @@ class Reference:
                 with torch.no_grad():
                     past = self._observe(negative(batch.degraded))
                 for weight, a, p in zip(self.features.tap_weights, self._observe(restored), past, strict=True):
-                    total = total - self.weight / len(self.negatives) * weight * F.l1_loss(a, p)
+                    total = total - self.weight.value / len(self.negatives) * weight * F.l1_loss(a, p)
             (total / len(batches)).backward()
             mean += total.detach() / len(batches)
         self.optimizer.step()
@@ -190,7 +192,7 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
         variants: dict[str, Callable[[Sequence[Batch]], Any]] = {"mcir": engine.step}
         if compare and len(engine.negatives.nets):
             variants["plain"] = open_engine(_plain(config), folder).step
-            if engine.accelerator.num_processes == 1:
+            if engine.accelerator.num_processes == 1 and isinstance(config.objective.contrast, SPNConfig):
                 variants["reference"] = Reference(engine).step
         flops, wanted = dict[str, int](), set(variants)
         for name in list(variants):
@@ -301,7 +303,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _plain(config: RunConfig) -> RunConfig:
-    objective = config.objective.model_copy(update={"spn": None})
+    objective = config.objective.model_copy(update={"contrast": None})
     return config.model_copy(update={"objective": objective, "name": f"{config.name}_plain"})
 
 

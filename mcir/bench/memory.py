@@ -64,23 +64,25 @@ def _activations(config: RunConfig, net: nn.Module, world_size: int) -> int:
         checkpoint_activations(net, config.arch.descriptor)
     side = config.data.crop_size // config.arch.descriptor.scale
     batch = max(1, config.batch_size // config.accumulate // world_size)
+    contrast = config.objective.contrast
+    num_images = contrast.num_images - getattr(contrast, "degraded", False) if contrast else 0
     with torch.device("meta"):
         degraded = torch.empty(batch, 3, side, side)
         clean = torch.empty(batch, 3, config.data.crop_size, config.data.crop_size)
         objective = Objective(_weightless(config)).to("meta")
         own |= {id(t) for t in [*objective.parameters(), *objective.buffers()]}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            objective(net.train()(degraded), clean, [clean] * config.objective.num_negatives)
+            objective(net.train()(degraded), clean, degraded, [clean] * num_images)
     return _bytes(kept.values())
 
 
 def _weightless(config: RunConfig) -> Any:
     """The objective with features that need no file and no network."""
     objective = config.objective
-    if objective.spn is None:
+    if objective.contrast is None:
         return objective
-    features = objective.spn.features.model_copy(update={"weights": "random"})
-    return objective.model_copy(update={"spn": objective.spn.model_copy(update={"features": features})})
+    features = objective.contrast.features.model_copy(update={"weights": "random"})
+    return objective.model_copy(update={"contrast": objective.contrast.model_copy(update={"features": features})})
 
 
 def without_values(config: RunConfig) -> nn.Module:

@@ -1,87 +1,62 @@
-"""Self-prior negatives (SPN): the distance, in feature space, between what a network restores and what it used to
-restore.
+"""What the contrasts have in common: a weight, features, and a history.
 
-Wu et al., "Learning from History: Task-agnostic Model Contrastive Learning for Image Restoration", AAAI 2024
-(Aitical/MCLIR). The caller subtracts the result: the negatives repel.
+Each is a file of its own (spn, ratio, infonce, pcl) with a module whose `term(restored, clean, negatives, anchors)` is
+a scalar in fp32 to be added to the loss, unweighted, whatever its sign. Gradients flow through `restored` alone.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from pydantic import Field, PositiveFloat, model_validator
 
-import torch
-from pydantic import Field, PositiveFloat
-from torch import Tensor, nn
-
-from mcir.objective.features import RELEASED_LAYERS, Features, FeaturesConfig
+from mcir.objective.features import FeaturesConfig
 from mcir.objective.negatives import Schedule
+from mcir.objective.weight import TargetRatio
 from mcir.section import Section
 
 
-class SPN(nn.Module):
-    """weight * mean_k sum_l w_l * mean |VGG_l(restored) - VGG_l(negative_k)|, a scalar >= 0, to be subtracted.
-
-    Gradients flow through `restored` alone, whose features are computed once, whatever the number of negatives; the
-    negatives' features are in memory one at a time. No negatives give 0.
-    """
-
-    def __init__(
-        self,
-        weight: float = 1e-3,
-        network: str = "vgg16",
-        layers: Mapping[str, float] = RELEASED_LAYERS,
-        weights: str = "imagenet",
-    ) -> None:
-        super().__init__()
-        self.weight = weight
-        self.features = Features(network, layers, weights)
-
-    def forward(self, restored: Tensor, negatives: Sequence[Tensor]) -> Tensor:
-        if not negatives:
-            return restored.new_zeros((), dtype=torch.float32)
-        weights = [self.weight / len(negatives) * w for w in self.features.tap_weights]
-        return _Distance.apply(weights, map(self._past, negatives), *self.features(restored))
-
-    @torch.inference_mode()
-    def _past(self, negative: Tensor) -> list[Tensor]:
-        return self.features(negative)
+def released_negatives() -> tuple[Schedule, ...]:
+    """Those of Aitical/MCLIR, options/FFANet_RESIDE_IN, but for their start."""
+    return tuple(Schedule(update_every=n) for n in (100, 200, 500, 1000))
 
 
-class _Distance(torch.autograd.Function):
-    """sum_k sum_l weights_l * mean |anchor_l - past_kl|, differentiated by the anchor alone.
+class ContrastConfig(Section):
+    """What every contrast has."""
 
-    The gradient, a sum of signs, is taken as the pasts go by, so that none of them is kept for the backward pass;
-    autograd would keep all.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weights: Sequence[float], pasts: Iterable[list[Tensor]], *anchor: Tensor) -> Tensor:
-        total = torch.zeros((), device=anchor[0].device)
-        signs = [torch.zeros_like(a) for a in anchor]  # whole numbers, exact in bf16 too
-        for past in pasts:
-            for weight, a, p, sign in zip(weights, anchor, past, signs, strict=True):
-                difference = a.float() - p.float()
-                total += weight / a.numel() * torch.linalg.vector_norm(difference, 1)
-                sign += difference.sign_()
-        ctx.weights = weights
-        ctx.save_for_backward(*signs)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        pairs = zip(ctx.weights, ctx.saved_tensors, strict=True)
-        return None, None, *(sign * (gradient * (weight / sign.numel())) for weight, sign in pairs)
-
-
-class SPNConfig(Section):
-    """The contrastive term. Choose `weight` so that it is 0.01 to 0.1 of the reconstruction loss (Aitical/MCLIR#4)."""
-
-    weight: PositiveFloat = 1e-3
+    weight: PositiveFloat | TargetRatio = 1e-3
+    """Factor of the contrast in the loss: a number, or `{target_ratio: 0.05}`, which keeps it at that share of the
+    reconstruction loss."""
     features: FeaturesConfig = FeaturesConfig()
-    negatives: tuple[Schedule, ...] = Field(
-        default_factory=lambda: tuple(Schedule(update_every=n) for n in (100, 200, 500, 1000))
-    )
-    """One entry a negative; an empty list trains plainly. The default is the released FFANet configuration."""
+    negatives: tuple[Schedule, ...] = Field(default_factory=released_negatives)
+    """The history: one entry a network. The default is the released FFANet configuration; an empty list has none."""
 
-    def build(self) -> SPN:
-        return SPN(self.weight, self.features.network, self.features.layers, self.features.weights)
+    @property
+    def num_images(self) -> int:
+        """How many images of a restored one the contrast looks at, beside it and the clean one."""
+        return self.num_past
+
+    @property
+    def num_anchors(self) -> int:
+        return sum(schedule.views for schedule in self.negatives if schedule.role == "anchor")
+
+    @property
+    def num_past(self) -> int:
+        """How many of them the history restores."""
+        return sum(schedule.views for schedule in self.negatives)
+
+
+class AgainstImages(ContrastConfig):
+    """A contrast whose negatives may be other images than the history's."""
+
+    degraded: bool = False
+    """Whether the degraded image, enlarged bicubically where the network enlarges, is a negative."""
+    columns: tuple[str, ...] = ()
+    """Further image columns of the shards that are negatives, of the clean image's size: they get its crop and flips
+    (CCR's images restored by other networks)."""
+
+    @property
+    def num_images(self) -> int:
+        return self.num_past + len(self.columns) + self.degraded
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> "AgainstImages":
+        if not self.degraded and not self.columns and all(schedule.role == "anchor" for schedule in self.negatives):
+            raise ValueError("there is nothing to push away from: give negatives, columns or degraded: true")
+        return self

@@ -1,6 +1,9 @@
-"""VGG features, tapped by name and computed only as deep as asked. Frozen, fp32 weights, outside every wrapper."""
+"""Features of a classification network, tapped by name and computed only as deep as asked. Frozen, fp32 weights,
+outside every wrapper, always in eval mode."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -12,12 +15,20 @@ from mcir.errors import UserError
 from mcir.section import Section
 
 CONVS_PER_STAGE = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # Simonyan & Zisserman 2015, columns D and E
+RESNET_STAGES = {"resnet152": 4}
 RELEASED_LAYERS = {"relu1_2": 0.2, "relu2_2": 0.3, "relu3_3": 0.5}  # Aitical/MCLIR, options/FFANet_RESIDE_IN
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RANGES = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "minus_one_to_one": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+"""Mean and standard deviation by which images are normalised."""
 
 
 def tap_indices(network: str) -> dict[str, int]:
-    """`relu3_3` -> its index in torchvision's `vgg.features`."""
+    """`relu3_3` -> its index in torchvision's `vgg.features`; `layer2` -> its place among the resnet's children."""
+    if network in RESNET_STAGES:
+        return {f"layer{stage}": stage + 3 for stage in range(1, RESNET_STAGES[network] + 1)}  # conv1 bn1 relu maxpool
     indices, i = {}, 0
     for stage, convs in enumerate(CONVS_PER_STAGE[network], 1):
         for conv in range(1, convs + 1):
@@ -28,14 +39,17 @@ def tap_indices(network: str) -> dict[str, int]:
 
 
 class FeaturesConfig(Section):
-    """Which VGG layers compare two images, and where their weights come from."""
+    """Which layers of which network compare two images, and where its weights come from."""
 
-    network: Literal["vgg16", "vgg19"] = "vgg16"
+    network: Literal["vgg16", "vgg19", "resnet152"] = "vgg16"
     layers: dict[str, PositiveFloat] = Field(RELEASED_LAYERS, min_length=1)
-    """Tap (relu1_1 ... relu5_4, after the ReLU) to weight. The default is the released SPN configuration."""
+    """Tap (relu1_1 ... relu5_4, after the ReLU; layer1 ... layer4 of a resnet) to weight. The default is the released
+    SPN configuration."""
+    normalise: Literal["imagenet", "none", "minus_one_to_one"] = "imagenet"
+    """What images in [0, 1] become before they enter: ImageNet's mean and deviation, as they are, or 2 v - 1."""
     weights: str = "imagenet"
     """`imagenet` (torchvision's download and cache), a file with torchvision's keys (.pth or .safetensors, may stop
-    early), or `random` (seeded He initialisation: for work without a network, not for published numbers)."""
+    early), or `random` (seeded initialisation: for work without a network, not for published numbers)."""
 
     @field_validator("layers")
     @classmethod
@@ -46,14 +60,19 @@ class FeaturesConfig(Section):
             raise ValueError(f"no layer {', '.join(unknown)}; the layers are {', '.join(known)}")
         return layers
 
+    def build(self) -> "Features":
+        return Features(self.network, self.layers, self.weights, self.normalise)
+
 
 class Features(nn.Module):
     """(B, 3, H, W) in [0, 1] -> one (B, C_l, H_l, W_l) tensor a tap, in the order of depth."""
 
     mean: Tensor
     std: Tensor
+    layer_weights: Tensor
+    """(L,) fp32: the taps' weights."""
 
-    def __init__(self, network: str, layers: Mapping[str, float], weights: str) -> None:
+    def __init__(self, network: str, layers: Mapping[str, float], weights: str, normalise: str = "imagenet") -> None:
         super().__init__()
         index = tap_indices(network)
         taps = sorted(layers, key=index.__getitem__)
@@ -61,8 +80,10 @@ class Features(nn.Module):
         self.tap_weights = tuple(layers[name] for name in taps)
         # NHWC, whatever the network's layout: a step with 4 negatives takes 0.82 to 0.87 of the time (CPU)
         self.layers = _load(network, self.taps[-1] + 1, weights).to(memory_format=torch.channels_last)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+        mean, std = RANGES[normalise]
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        self.register_buffer("layer_weights", torch.tensor(self.tap_weights))
         self.requires_grad_(False).eval()
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -74,25 +95,26 @@ class Features(nn.Module):
                 features.append(x)
         return features
 
+    @torch.inference_mode()
+    def of_constant(self, image: Tensor) -> list[Tensor]:
+        """The same of an image that nothing is differentiated by."""
+        return self(image)
+
+    def train(self, mode: bool = True) -> "Features":
+        """Stays in eval mode: a batch normalised by its own statistics would be compared with another by other ones."""
+        return super().train(False)
+
 
 def _load(network: str, depth: int, weights: str) -> nn.Sequential:
-    """The first `depth` layers of torchvision's `features`, with weights."""
+    """The first `depth` layers of torchvision's network (`features` of a VGG, children of a resnet), with weights."""
     from torchvision import models
 
-    ways_out = "set objective.spn.features.weights to a file with torchvision's VGG keys, or to `random`"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        layers = getattr(models, network)(weights=None, init_weights=False).features[:depth]
-        for i, layer in enumerate(layers):
-            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
-            if isinstance(layer, nn.ReLU):
-                layers[i] = nn.ReLU(inplace=False)  # a tap must keep its values
+    ways_out = "set objective.contrast.features.weights to a file with torchvision's keys, or to `random`"
+    layers = _initial(network, depth)
     if weights == "random":
         return layers
     if weights == "imagenet":
-        url = getattr(models, f"{network.upper()}_Weights").IMAGENET1K_V1.url
+        url = models.get_model_weights(network).IMAGENET1K_V1.url
         try:
             state = torch.hub.load_state_dict_from_url(url, weights_only=True, progress=False)
         except Exception as error:
@@ -101,18 +123,38 @@ def _load(network: str, depth: int, weights: str) -> nn.Sequential:
             ) from error
     else:
         state = _read(Path(weights), ways_out)
-    state = {key.removeprefix("features."): value for key, value in state.items()}
-    wanted = layers.state_dict()
+    prefix = "" if network in RESNET_STAGES else "features."
+    state = {key.removeprefix(prefix): value for key, value in state.items()}
+    wanted = {key: value for key, value in layers.state_dict().items() if not key.endswith("num_batches_tracked")}
     missing = [key for key in wanted if key not in state]
     wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if missing or wrong:
-        fault = f"has no features.{missing[0]}" if missing else f"has another shape at features.{wrong[0]}"
+        fault = f"has no {prefix}{missing[0]}" if missing else f"has another shape at {prefix}{wrong[0]}"
         raise UserError(f"{weights} does not fit {network} up to layer {depth - 1}: it {fault}; {ways_out}")
-    layers.load_state_dict({key: state[key] for key in wanted})
+    layers.load_state_dict({key: state[key] for key in wanted}, strict=False)
+    return layers
+
+
+def _initial(network: str, depth: int) -> nn.Sequential:
+    """The layers with random weights, the same everywhere."""
+    from torchvision import models
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if network in RESNET_STAGES:
+            return nn.Sequential(OrderedDict(islice(models.get_model(network, weights=None).named_children(), depth)))
+        layers = models.get_model(network, weights=None, init_weights=False).features[:depth]
+        for i, layer in enumerate(layers):
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+            if isinstance(layer, nn.ReLU):
+                layers[i] = nn.ReLU(inplace=False)  # a tap must keep its values
     return layers
 
 
 def _read(path: Path, ways_out: str) -> dict[str, Tensor]:
+    field = "objective.contrast.features.weights"
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -120,6 +162,6 @@ def _read(path: Path, ways_out: str) -> dict[str, Tensor]:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"objective.spn.features.weights: no file {path}; {ways_out}") from None
+        raise UserError(f"{field}: no file {path}; {ways_out}") from None
     except Exception as error:
-        raise UserError(f"objective.spn.features.weights: {path} cannot be read ({error}); {ways_out}") from error
+        raise UserError(f"{field}: {path} cannot be read ({error}); {ways_out}") from error

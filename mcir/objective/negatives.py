@@ -7,10 +7,11 @@ target, they change in two ways only, both collective and both driven by rank-ag
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from mcir.errors import UserError
@@ -32,6 +33,16 @@ class Schedule(Section):
     start: float = Field(0.0, ge=0, le=1)
     """Share of a random initialisation of its own that the negative starts with; the rest is the target (0.1 as
     published)."""
+    role: Literal["negative", "anchor"] = "negative"
+    """`negative` repels; `anchor` attracts, beside the clean image where the contrast has one: for a slow history
+    (SSC-SR, PNE), such as update_every 1 and decay 0.999."""
+    views: PositiveInt = 1
+    """Images that it restores: the degraded one and `views` - 1 noisy copies of it, each an image of the past, at the
+    memory of one network (DCKD: 5)."""
+    view_sigma: tuple[NonNegativeFloat, NonNegativeFloat] = (1.0, 30.0)
+    """Range, of 255, of the copies' white Gaussian noise, drawn for each image; clipped to [0, 1]."""
+    view_gray: float = Field(0.5, ge=0, le=1)
+    """Share of the copies whose noise is the same in all channels."""
 
 
 class Negatives(nn.Module):
@@ -66,10 +77,12 @@ class Negatives(nn.Module):
 
     def forward(self, degraded: Tensor) -> list[Tensor]:
         """What each negative restores from `degraded` (B, 3, H, W): K tensors (B, 3, s * H, s * W), fp32, without
-        gradients."""
+        gradients; of a negative with several views one after the other. Noise comes from torch's generator."""
         accelerator, _ = self._attached()
+        past: list[Tensor] = []
         with torch.inference_mode(), autocast(accelerator):
-            past = [net(degraded) for net in self.nets]
+            for net, schedule in zip(self.nets, self.schedules, strict=True):
+                past += net(_views(degraded, schedule)).chunk(schedule.views)
         return [p.to(torch.float32, copy=True) for p in past]  # tensors of inference mode would fit into no loss
 
     def update(self, step: int) -> None:
@@ -127,3 +140,16 @@ class Negatives(nn.Module):
                 num_bytes = 0
         if names:
             flush()
+
+
+def _views(degraded: Tensor, schedule: Schedule) -> Tensor:
+    """(views * B, 3, H, W): the images, then noisy copies of all of them, and so on."""
+    if schedule.views == 1:
+        return degraded
+    copies = degraded.repeat(schedule.views - 1, 1, 1, 1)
+    low, high = schedule.view_sigma
+    sigma = low + (high - low) * torch.rand(len(copies), 1, 1, 1, device=copies.device)
+    noise = torch.randn_like(copies)
+    gray = torch.rand(len(copies), 1, 1, 1, device=copies.device) < schedule.view_gray
+    noise = torch.where(gray, noise[:, :1], noise)
+    return torch.cat([degraded, (copies + sigma / 255 * noise).clamp(0, 1)])

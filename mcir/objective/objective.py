@@ -1,14 +1,22 @@
-"""The objective: L_rec(restored, clean) - weight * mean_k D(restored, negative_k). The minus is right: the
-negatives repel."""
+"""The objective: L_rec(restored, clean) + weight * contrast(restored, clean, degraded, past)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import torch
+from accelerate import Accelerator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mcir.objective.contrast import SPN, SPNConfig
+from mcir.objective.infonce import InfoNCEConfig
+from mcir.objective.ratio import RatioConfig
 from mcir.objective.reconstruction import L1, Reconstruction, Terms
+from mcir.objective.spn import SPNConfig
+from mcir.objective.weight import Weight
 from mcir.section import Section
+
+AnyContrast = Annotated[SPNConfig | RatioConfig | InfoNCEConfig, Field(discriminator="name")]
 
 
 class ObjectiveConfig(Section):
@@ -16,33 +24,74 @@ class ObjectiveConfig(Section):
 
     reconstruction: Terms = (L1(),)
     """One loss or a list of them, each with its weight."""
-    spn: SPNConfig | None = SPNConfig()
-    """The contrast with the network's own history; null trains plainly."""
+    contrast: AnyContrast | None = SPNConfig()
+    """The contrast: spn, ratio (CR, CCR, DCR), infonce or pcl; null trains plainly."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spn_was_the_only_contrast(cls, values: Any) -> Any:
+        """Checkpoints of mcir 0.1.0 have it under its name."""
+        if not isinstance(values, dict) or "spn" not in values:
+            return values
+        if "contrast" in values:
+            raise ValueError("objective.spn is now objective.contrast: write what is meant there")
+        spn = values["spn"]
+        rest = {key: value for key, value in values.items() if key != "spn"}
+        return rest | {"contrast": {"name": "spn", **spn} if isinstance(spn, dict) else spn}
 
     @property
     def num_negatives(self) -> int:
-        return len(self.spn.negatives) if self.spn else 0
+        """Networks of the history."""
+        return len(self.contrast.negatives) if self.contrast else 0
 
 
 class Objective(nn.Module):
-    """Holds the frozen features; has no trained parameters."""
+    """Holds the frozen features, the weight of the contrast, and what a contrast trains beside the target."""
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__()
         self.reconstruction = Reconstruction(config.reconstruction)
-        self.spn: SPN | None = config.spn.build() if config.spn and config.num_negatives else None
+        self.config = config.contrast if config.contrast and config.contrast.num_images else None
+        self.contrast = self.config.build() if self.config else None
+        self.weight = Weight(self.config.weight) if self.config else None
 
-    def forward(self, restored: Tensor, clean: Tensor, negatives: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The loss to minimise, `total`, and its parts, each term of a sum by its name; scalars in fp32."""
+    def forward(self, restored: Tensor, clean: Tensor, degraded: Tensor, past: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The loss to minimise, `total`, and its parts: scalars in fp32, terms of a sum by name, `contrast` with its
+        weight and sign.
+
+        `past`: what the history restored, then the images of further columns, as the contrast's config lists them.
+        """
         terms = {name: values.mean() for name, values in self.reconstruction(restored, clean).items()}
         reconstruction = torch.stack(list(terms.values())).sum()
         parts = {"reconstruction": reconstruction}
         if len(terms) > 1:
             parts |= {f"reconstruction/{name}": value for name, value in terms.items()}
-        if self.spn is None:
+        if self.config is None or self.contrast is None or self.weight is None:
             return {"total": _poisoned(reconstruction), **parts}
-        spn = self.spn(restored, negatives)
-        return {"total": _poisoned(reconstruction - spn), **parts, "spn": spn}
+        roles = [schedule.role for schedule in self.config.negatives for _ in range(schedule.views)]
+        anchors = [image for image, role in zip(past, roles, strict=False) if role == "anchor"]
+        negatives = [image for i, image in enumerate(past) if i >= len(roles) or roles[i] == "negative"]
+        if getattr(self.config, "degraded", False):
+            negatives.append(enlarged(degraded, clean))
+        weight = self.weight.value
+        contrast = weight * self.contrast.term(restored, clean, negatives, anchors)
+        total = _poisoned(reconstruction + contrast)
+        return {"total": total, **parts, "contrast": contrast, "weight": weight}
+
+    def follow(self, accelerator: Accelerator, losses: Mapping[str, Tensor]) -> None:
+        """Take in a step's mean losses of this rank: what moves with them is the same on all. Collective."""
+        if self.weight is not None and self.weight.ratio is not None:
+            # gathered and not reduced: all ranks add the same numbers in the same order
+            mine = torch.stack([losses["reconstruction"], losses["contrast"]])
+            self.weight.follow(*accelerator.gather(mine[None]).mean(0))
+
+
+def enlarged(degraded: Tensor, clean: Tensor) -> Tensor:
+    """`degraded` at the size of `clean`: as it is, or bicubically enlarged with the corners on the corners and clamped
+    (PCL-SISR)."""
+    if degraded.shape == clean.shape:
+        return degraded
+    return F.interpolate(degraded, clean.shape[-2:], mode="bicubic", align_corners=True).clamp(0, 1)
 
 
 def _poisoned(total: Tensor) -> Tensor:

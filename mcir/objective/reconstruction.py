@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mcir.objective.features import Features, FeaturesConfig
+from mcir.objective.features import FeaturesConfig
 from mcir.section import Section
 
 
@@ -139,7 +139,7 @@ class _Perceptual(nn.Module):
     def __init__(self, config: Perceptual) -> None:
         super().__init__()
         self.weight, self.distance = config.weight, config.distance
-        self.features = Features(config.features.network, config.features.layers, config.features.weights)
+        self.features = config.features.build()
 
     def forward(self, restored: Tensor, clean: Tensor) -> Tensor:
         with torch.no_grad():

@@ -51,11 +51,13 @@ class Engine:
             channels_last = self.arch.descriptor.channels_last and accelerator.device.type == "cuda"
         if channels_last:
             net = net.to(memory_format=torch.channels_last)
-        spn = config.objective.spn
-        self.negatives = Negatives(net, spn.negatives if spn else (), init=self.arch.build)
+        contrast = config.objective.contrast
+        self.negatives = Negatives(net, contrast.negatives if contrast else (), init=self.arch.build)
         self.objective = Objective(config.objective).to(accelerator.device)
-        if accelerator.is_main_process and spn and spn.features.weights == "random":
-            log.warning("the features have random weights (seeded He initialisation): these are not VGG's numbers")
+        if accelerator.is_main_process and contrast and contrast.features.weights == "random":
+            log.warning(
+                "the features have random weights (seeded He initialisation): these are not the network's numbers"
+            )
         self.validation = Validation(net)
         optimizer = config.optim.optimizer.build(net.parameters())
         if config.compute.checkpoint_activations:
@@ -103,7 +105,8 @@ class Engine:
             with self.accelerator.accumulate(self.model):
                 with autocast(self.accelerator):
                     restored = self.model(batch.degraded)  # (B, 3, s * H, s * W)
-                    losses = self.objective(restored, batch.clean, self.negatives(batch.degraded))
+                    past = self.negatives(batch.degraded)
+                    losses = self.objective(restored, batch.clean, batch.degraded, past)
                 self.accelerator.backward(losses["total"])
                 if self.accelerator.sync_gradients:
                     norm, skipped = clip_and_guard(self.accelerator, self.model, self.optimizer, optim.max_grad_norm)
@@ -116,6 +119,7 @@ class Engine:
         if self.ema:
             self.ema.update()
         self.negatives.update(self.state.step)
+        self.objective.follow(self.accelerator, sums)
         return {**sums, "grad_norm": norm, "skipped": skipped}
 
     def fit(self) -> int:
@@ -165,6 +169,9 @@ class Engine:
                 "Lower the learning rate, set optim.max_grad_norm, or look at the data"
             )
         scalars = {f"optim/{name}": values.pop(name) for name in ("grad_norm", "skipped")}
+        if "contrast" in values:
+            scalars["contrast/weight"] = values.pop("weight")
+            scalars["contrast/share"] = abs(values["contrast"]) / max(abs(values["reconstruction"]), 1e-12)
         scalars |= {f"loss/{name}": value for name, value in values.items()}
         scalars |= {f"negatives/age_{k}": float(age) for k, age in enumerate(self.negatives.age(self.state.step))}
         scalars |= {

@@ -37,7 +37,10 @@ def engine_of(arch: dict[str, Any], size: int, folder: Path, **overrides: Any) -
     data = write_dataset(folder / "pairs", num_rows=4, num_shards=1, side=size * scale, scale=scale)
     values = tiny_config(folder, arch=arch, steps=4, batch_size=2, **overrides)
     values["data"] |= {"train": [{"source": {"format": "parquet", "path": str(data)}}], "crop_size": size * scale}
-    values["objective"]["spn"]["negatives"] = [{"update_every": 1, "decay": 0.5, "start": 0.1}, {"update_every": 3}]
+    values["objective"]["contrast"]["negatives"] = [
+        {"update_every": 1, "decay": 0.5, "start": 0.1},
+        {"update_every": 3},
+    ]
     return build_engine(validate(values, "training test"))
 
 
@@ -56,7 +59,7 @@ def test_networks_of_spandrel_train_with_negatives(architecture, tmp_path):
     first_negative = {name: p.clone() for name, p in negative.named_parameters()}
     history = train(engine, 4)
     assert all(math.isfinite(value) for parts in history for value in parts.values())
-    assert all(parts["spn"] > 0 and parts["skipped"] == 0 for parts in history)
+    assert all(parts["contrast"] < 0 and parts["skipped"] == 0 for parts in history)
     assert history[-1]["reconstruction"] < history[0]["reconstruction"]  # four steps on one batch
     still = [name for name, p in engine.model.named_parameters() if p.equal(initial[name])]
     assert not still
@@ -78,7 +81,7 @@ def test_our_networks_train_in_bf16_where_they_say_so(name, tmp_path):
     assert {p.dtype for p in engine.model.parameters()} == {torch.float32}  # the weights
     assert {p.dtype for p in engine.negatives.parameters()} == {torch.float32}
     assert all(math.isfinite(value) for parts in history for value in parts.values())
-    assert all(parts["spn"] > 0 and parts["skipped"] == 0 for parts in history)
+    assert all(parts["contrast"] < 0 and parts["skipped"] == 0 for parts in history)
 
     AcceleratorState._reset_state(reset_partial_state=True)
     in_fp32 = engine_of(arch, size, tmp_path / "fp32", compute={"precision": "fp32"})

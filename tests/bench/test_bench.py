@@ -53,7 +53,7 @@ def test_the_parts_make_up_the_step(config):
 
 def test_flops_of_a_plain_step_are_those_of_its_convolutions(tmp_path):
     """Forward, and twice that backward, but for the first layer, whose input needs no gradient."""
-    values = tiny_config(tmp_path) | {"objective": {"spn": None}, "ema_decay": None}
+    values = tiny_config(tmp_path) | {"objective": {"contrast": None}, "ema_decay": None}
     engine = open_engine(validate(values, "test"), str(tmp_path))
     batches = [next(iter(engine.loader))]
     side, features, blocks, batch = 8, 7, 2, 4  # EDSR x2: head, blocks of two, one after them, up, tail

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mcir.archs import build
-from mcir.objective.contrast import SPN, _Distance
+from mcir.objective.distance import summed as distances
+from mcir.objective.spn import SPN
 
 EDSR = {"name": "edsr", "scale": 4}
 NUM_NEGATIVES = 4
@@ -63,8 +64,8 @@ def main() -> None:
         with torch.inference_mode():
             together = spn.features(torch.cat(past()))
             pasts = zip(*(tap.chunk(NUM_NEGATIVES) for tap in together), strict=True)
-        weights = [spn.weight / NUM_NEGATIVES * w for w in spn.features.tap_weights]
-        return _Distance.apply(weights, pasts, *spn.features(restored))
+        found = distances(spn.features(restored), pasts, [spn.weight / NUM_NEGATIVES] * NUM_NEGATIVES)
+        return (found * spn.features.layer_weights).sum()
 
     def in_nchw(restored: Tensor) -> Tensor:
         spn.features.layers.to(memory_format=torch.contiguous_format)

@@ -33,7 +33,7 @@ def main() -> None:
         folder = Path(tempfile.mkdtemp())
         arch = {"name": "edsr", "scale": 2, "num_features": num_features, "num_blocks": 16}
         values = tiny_config(folder, arch=arch, ema_decay=None)
-        values["objective"]["spn"]["negatives"] = [{"update_every": 10**9}, {"update_every": 10**9}]
+        values["objective"]["contrast"]["negatives"] = [{"update_every": 10**9}, {"update_every": 10**9}]
         engine = build_engine(validate(values, "benchmark"))
         batches = iter(engine.loader)
         engine.step([next(batches)])

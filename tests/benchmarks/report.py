@@ -89,7 +89,7 @@ def negatives() -> str:
     for k in (0, 1, 2, 4, 8):
         schedules = json.dumps([{"update_every": 100}] * k)
         small = ["--steps", "3", "--rounds", "3", "--no-compare", f"batch_size={16 if ON_GPU else 2}"]
-        r = mcir(EDSR, *BICUBIC_X4, "data.crop_size=192", f"objective.spn.negatives={schedules}", *small)
+        r = mcir(EDSR, *BICUBIC_X4, "data.crop_size=192", f"objective.contrast.negatives={schedules}", *small)
         ms = r["compared_ms"]["mcir"]
         plain = plain or ms
         rows.append([k, f"{ms:.0f}", f"{ms / plain:.2f}", f"{(ms - plain) / k / plain:.2f}" if k else "", ""])
@@ -100,12 +100,22 @@ def negatives() -> str:
 def parameters() -> str:
     rows = []
     for width in WIDTHS:
-        size = [f"arch.width={width}", "data.crop_size=64", "batch_size=1", 'objective.spn.negatives=[{"decay":0.1}]']
+        size = [
+            f"arch.width={width}",
+            "data.crop_size=64",
+            "batch_size=1",
+            'objective.contrast.negatives=[{"decay":0.1}]',
+        ]
         r = mcir(*NAFNET, *size, "--steps", "2", "--rounds", "2", "--no-compare")
         rows.append([f"{r['parameters']:,}", f"{r['compared_ms']['mcir']:.0f}", f"{r['update_ms']:.1f}"])
         rows[-1] += [f"{r['update_ms'] / 100 / r['compared_ms']['mcir']:.2%}", *planned(size)]
     for width in (128, 256)[len(WIDTHS) - 4 :]:
-        size = [f"arch.width={width}", "data.crop_size=64", "batch_size=1", 'objective.spn.negatives=[{"decay":0.1}]']
+        size = [
+            f"arch.width={width}",
+            "data.crop_size=64",
+            "batch_size=1",
+            'objective.contrast.negatives=[{"decay":0.1}]',
+        ]
         config = config_of(*NAFNET, *size)
         num = sum(p.numel() for p in without_values(config).parameters())
         rows.append([f"{num:,}", "", "", "", *planned(size)])

@@ -70,7 +70,7 @@ def test_curves_are_drawn_and_pictures_loaded(browser, url, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     curves = {curve["title"]: curve["path"] for curve in found["curves"]}
-    assert curves.keys() >= {"loss/total", "loss/spn", "validation/heldout/psnr", "validation/heldout/ssim"}
+    assert curves.keys() >= {"loss/total", "loss/contrast", "validation/heldout/psnr", "validation/heldout/ssim"}
     for title, path in curves.items():
         pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
         coloured = pixels.max(axis=2) - pixels.min(axis=2) > 20  # axes and grid are grey

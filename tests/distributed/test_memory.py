@@ -15,7 +15,7 @@ ARCH = {"name": "edsr", "scale": 2, "num_features": 256, "num_blocks": 84, "res_
 
 def large(folder):
     values = tiny_config(folder, arch=ARCH, batch_size=2)
-    values["objective"]["spn"]["negatives"] = [{"update_every": 2}]
+    values["objective"]["contrast"]["negatives"] = [{"update_every": 2}]
     values["data"]["crop_size"] = 8
     return values
 

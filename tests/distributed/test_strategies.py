@@ -58,7 +58,7 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_trains_what_one_process_trains(runs, name):
-    for tag in ("loss/total", "loss/reconstruction", "loss/spn"):
+    for tag in ("loss/total", "loss/reconstruction", "loss/contrast"):
         single, sharded = losses(runs["single"], tag), losses(runs[name], tag)
         assert len(single) == 20
         assert max(abs(a - b) for a, b in zip(single, sharded, strict=True)) < 1e-5

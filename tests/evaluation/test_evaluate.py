@@ -104,7 +104,7 @@ def test_a_set_that_cannot_be_measured_on_stops_the_run_before_its_first_step(tm
 
 @pytest.mark.parametrize("case", ["ema", "target", "tiles"])
 def test_validation_in_a_run_is_mcir_evaluate_to_the_last_digit(tmp_path, monkeypatch, case):
-    values = tiny_config(tmp_path, steps=4, checkpoint={"every": 2}, objective={"spn": None})
+    values = tiny_config(tmp_path, steps=4, checkpoint={"every": 2}, objective={"contrast": None})
     held = write_dataset(tmp_path / "held", num_rows=5, num_shards=2)
     data = {"source": {"format": "parquet", "path": str(held)}, "protocol": "sr"}
     sets = {"held": data | {"degradation": {"name": "bicubic", "scale": 2}}}

@@ -3,8 +3,8 @@ import torch
 from torchvision.models import vgg16, vgg19
 
 from mcir.errors import UserError
-from mcir.objective.contrast import SPN
 from mcir.objective.features import Features, tap_indices
+from mcir.objective.spn import SPN
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_partial_file_and_misfits(shared_data, tmp_path):
 def test_a_failed_download_names_both_ways_out(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"could not be downloaded.*file with torchvision's VGG keys, or to `random`"):
+    with pytest.raises(UserError, match=r"could not be downloaded.*file with torchvision's keys, or to `random`"):
         Features("vgg16", {"relu1_1": 1.0}, "imagenet")
 
 

@@ -37,7 +37,8 @@ def test_reproduces_the_published_multi_negative_trajectory(golden, shared_data,
             init_from=str(tmp_path / "initial.safetensors"),
             arch={"name": "edsr", "scale": 2, "num_features": 16, "num_blocks": 2},
             objective={
-                "spn": {
+                "contrast": {
+                    "name": "spn",
                     "weight": 0.01,
                     "features": {"weights": str(shared_data / "vgg16_hed_features.safetensors")},
                     "negatives": case["spn"]["negatives"],
@@ -55,8 +56,8 @@ def test_reproduces_the_published_multi_negative_trajectory(golden, shared_data,
     for step in range(1, case["steps"] + 1):
         batch = Batch(tensors[f"degraded.{step}"], tensors[f"clean.{step}"], [])
         parts = engine.step([batch])
-        losses.append(torch.stack([parts["reconstruction"], parts["spn"]]))
-        assert torch.equal(parts["total"], parts["reconstruction"] - parts["spn"])
+        losses.append(torch.stack([parts["reconstruction"], -parts["contrast"]]))
+        assert torch.equal(parts["total"], parts["reconstruction"] + parts["contrast"])
     assert ((torch.stack(losses) - tensors["losses"]) / tensors["losses"]).abs().max() < 1e-5
     final = dict(full_params(engine.accelerator, engine.model))
     for name, expected in state("final.").items():
@@ -94,10 +95,10 @@ def test_six_steps_equal_three_and_three_more(tmp_path):
 
 def test_no_negatives_trains_plainly(tmp_path):
     """With K = 0 the trained weights are those of the reconstruction loss alone."""
-    plain = build_engine(validate(tiny_config(tmp_path, objective={"spn": None}, steps=2), "plain"))
+    plain = build_engine(validate(tiny_config(tmp_path, objective={"contrast": None}, steps=2), "plain"))
     plain.fit()
     values = tiny_config(tmp_path, steps=2)
-    values["objective"]["spn"]["negatives"] = []
+    values["objective"]["contrast"]["negatives"] = []
     empty = build_engine(validate(values, "empty"))
     empty.fit()
     for (name, a), (_, b) in zip(plain.model.named_parameters(), empty.model.named_parameters(), strict=True):
@@ -173,7 +174,7 @@ def test_compiled_blocks_train_the_same(tmp_path):
     that are 0 or, where compiled code rounds otherwise without gradients, noise. Nor are Adam's steps, with a large
     eps, the signs of gradients that are noise."""
     values = tiny_config(tmp_path, optim={"optimizer": {"name": "adam", "lr": 1e-3, "eps": 1e-3}})
-    values["objective"]["spn"]["negatives"] = [
+    values["objective"]["contrast"]["negatives"] = [
         {"update_every": 2, "decay": 0.5, "start": 0.1},
         {"update_every": 3, "start": 0.5},
     ]
@@ -194,7 +195,7 @@ def test_one_compiled_graph_serves_all_negatives_before_and_after_their_updates(
         torch._dynamo.reset()
         counters.clear()
         values = tiny_config(tmp_path, compute={"compile": True})
-        values["objective"]["spn"]["negatives"] = [{"update_every": 2}] * k
+        values["objective"]["contrast"]["negatives"] = [{"update_every": 2}] * k
         engine = build_engine(validate(values, "compiled"))
         batches = iter(engine.loader)
         for _ in range(5):
@@ -238,7 +239,7 @@ def busy_engine(folder):
     """Everything a step can do: two micro-batches, clipping, EMA, negatives that are due every step."""
     values = tiny_config(folder, accumulate=2)
     values["optim"]["max_grad_norm"] = 1.0
-    for schedule in values["objective"]["spn"]["negatives"]:
+    for schedule in values["objective"]["contrast"]["negatives"]:
         schedule["update_every"] = 1
     engine = build_engine(validate(values, "test"))
     batches = iter(engine.loader)

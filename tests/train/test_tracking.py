@@ -28,7 +28,7 @@ def events(run_dir: Path) -> EventAccumulator:
 
 def test_scalars(run):
     seen = events(run.run_dir)
-    expected = {"loss/total", "loss/reconstruction", "loss/spn", "optim/lr", "optim/grad_norm", "optim/skipped"}
+    expected = {"loss/total", "loss/reconstruction", "loss/contrast", "optim/lr", "optim/grad_norm", "optim/skipped"}
     expected |= {"speed/images_per_s", "speed/data_wait", "speed/memory_gib", "data/skipped"}
     expected |= {f"negatives/age_{k}" for k in range(3)}
     expected |= {f"validation/{name}/{metric}" for name in ("held", "rgb") for metric in ("psnr", "ssim")}
@@ -37,7 +37,7 @@ def test_scalars(run):
     assert [event.value for event in seen.Scalars("negatives/age_1")] == [2, 1, 0]  # updated every 3 steps
     assert [event.step for event in seen.Scalars("validation/held/psnr")] == [2, 4, 6]
     assert seen.Scalars("loss/total")[0].value == pytest.approx(
-        seen.Scalars("loss/reconstruction")[0].value - seen.Scalars("loss/spn")[0].value, abs=1e-6
+        seen.Scalars("loss/reconstruction")[0].value + seen.Scalars("loss/contrast")[0].value, abs=1e-6
     )
 
 

@@ -1,0 +1,78 @@
+"""Distances in feature space between one anchor and several others, differentiated by the anchor alone.
+
+d_l(a, b) = mean |a_l - b_l| over batch, channels and places of tap l. Others are given as an iterable of feature lists
+and looked at once, as they go by: what the gradient needs of them, a sum of signs, is taken at once and nothing of
+them is kept for the backward pass, where autograd would keep all. Sums are in fp32, of float64 in float64.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def summed(anchor: Sequence[Tensor], others: Iterable[Sequence[Tensor]], weights: Sequence[float]) -> Tensor:
+    """(L,): sum_k weights_k * d_l(anchor, others_k)."""
+    return _Summed.apply(weights, others, *anchor)
+
+
+def soft_nearest(anchor: Sequence[Tensor], others: Iterable[Sequence[Tensor]], temperature: float) -> Tensor:
+    """(L,): log sum_k exp(-d_l(anchor, others_k) / temperature), safe for distances of any size."""
+    return _SoftNearest.apply(temperature, others, *anchor)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Sequence[float], others: Iterable[Sequence[Tensor]], *anchor: Tensor) -> Tensor:
+        uniform = len(set(weights)) == 1  # then the sums of signs are whole numbers, exact in bf16 too
+        signs = [torch.zeros_like(a, dtype=None if uniform else _wide(a)) for a in anchor]
+        sums = [torch.zeros((), dtype=_wide(a), device=a.device) for a in anchor]
+        for weight, other in zip(weights, others, strict=True):
+            for total, a, o, sign in zip(sums, anchor, other, signs, strict=True):
+                difference = a.to(_wide(a)) - o
+                total += weight / a.numel() * torch.linalg.vector_norm(difference, 1)
+                sign.add_(difference.sign_(), alpha=1 if uniform else weight)
+        ctx.factor = weights[0] if uniform else 1.0
+        ctx.save_for_backward(*signs)
+        return torch.stack(sums)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        pairs = zip(gradient, ctx.saved_tensors, strict=True)
+        return None, None, *(sign * (g * (ctx.factor / sign.numel())) for g, sign in pairs)
+
+
+class _SoftNearest(torch.autograd.Function):
+    """The gradient is a mean of signs by softmax weights, which are known when the last of the others has gone by:
+    until then by weights relative to the largest so far."""
+
+    @staticmethod
+    def forward(ctx: Any, temperature: float, others: Iterable[Sequence[Tensor]], *anchor: Tensor) -> Tensor:
+        signs = [torch.zeros_like(a, dtype=_wide(a)) for a in anchor]
+        largest = torch.full((len(anchor),), -torch.inf, dtype=_wide(anchor[0]), device=anchor[0].device)
+        total = torch.zeros_like(largest)
+        for other in others:
+            differences = [a.to(_wide(a)) - o for a, o in zip(anchor, other, strict=True)]
+            distances = [torch.linalg.vector_norm(d, 1) / d.numel() for d in differences]
+            score = torch.stack(distances) / -temperature
+            before, largest = largest, torch.maximum(largest, score)
+            kept, added = (before - largest).exp(), (score - largest).exp()
+            total = total * kept + added
+            for sign, difference, old, new in zip(signs, differences, kept, added, strict=True):
+                sign.mul_(old).add_(difference.sign_().mul_(new))
+        ctx.temperature = temperature
+        ctx.save_for_backward(total, *signs)
+        return largest + total.log()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        total, *signs = ctx.saved_tensors
+        factors = gradient / (-ctx.temperature * total)
+        return None, None, *(sign * (f / sign.numel()) for f, sign in zip(factors, signs, strict=True))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

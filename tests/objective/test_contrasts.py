@@ -1,0 +1,173 @@
+"""Each contrast against the numbers of the official code (shared/golden, whose metadata says what they are of)."""
+
+import json
+import math
+import zlib
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torchvision import models
+
+from mcir.objective.distance import soft_nearest, summed
+from mcir.objective.features import FeaturesConfig
+from mcir.objective.infonce import InfoNCEConfig
+from mcir.objective.objective import Objective, ObjectiveConfig
+from mcir.objective.ratio import RatioConfig
+
+CR_LAYERS = {"relu1_1": 1 / 32, "relu2_1": 1 / 16, "relu3_1": 1 / 8, "relu4_1": 1 / 4, "relu5_1": 1.0}
+RESNET_LAYERS = {"layer1": 1 / 16, "layer2": 1 / 8, "layer3": 1 / 4, "layer4": 1.0}
+
+
+def features_file(folder, network: str) -> str:
+    """torchvision's network with the golden files' `fill`."""
+    with torch.device("meta"):
+        net = models.get_model(network, weights=None)
+    prefix = "" if network == "resnet152" else "features."
+    layers = (net if not prefix else net.features).to_empty(device="cpu")
+    state = {}
+    for key, value in layers.state_dict().items():
+        name = prefix + key
+        n = torch.randn(value.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        if value.dim() >= 2:
+            state[name] = n * math.sqrt(2 / value[0].numel())
+        elif "running" in key or "num_batches" in key:
+            state[name] = torch.ones_like(value) if "var" in key else torch.zeros_like(value)
+        else:
+            state[name] = 1 + 0.1 * n if key.endswith("weight") else 0.1 * n
+    path = folder / f"{network}.safetensors"
+    save_file(state, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def vgg19(tmp_path_factory) -> FeaturesConfig:
+    path = features_file(tmp_path_factory.mktemp("vgg19"), "vgg19")
+    return FeaturesConfig(network="vgg19", layers=CR_LAYERS, normalise="none", weights=path)
+
+
+def case(path):
+    with safe_open(path, "pt") as f:
+        return f.metadata(), {key: f.get_tensor(key).double() for key in f.keys()}  # noqa: SIM118
+
+
+def assert_golden(config, clean, degraded, past, restored, value, gradient=None, best_psnr=0.0):
+    """The contrast in fp32, and in float64 with its gradient: in fp32 a difference of features that is almost zero may
+    get the other sign, and its place another gradient."""
+    objective = Objective(ObjectiveConfig(contrast=config)).train()  # which must not reach the features
+    objective.contrast.best_psnr = best_psnr
+    for dtype in (torch.float32, torch.float64):
+        objective.to(dtype)
+        x = restored.to(dtype, copy=True).requires_grad_()
+        clean, degraded, past = clean.to(dtype), degraded.to(dtype), [image.to(dtype) for image in past]
+        found = objective(x, clean, degraded, past)["contrast"]
+        assert found.item() == pytest.approx(float(value), rel=1e-6 if dtype == torch.float64 else 1e-5)
+        if dtype == torch.float64 and gradient is not None:
+            found.backward()
+            assert (x.grad - gradient).abs().max() <= 2e-5 * gradient.abs().max()
+
+
+def images(t, prefix="n."):
+    return [t[f"{prefix}{k}"] for k in range(sum(key.startswith(prefix) for key in t))]
+
+
+def test_cr(golden, vgg19):
+    _, t = case(golden / "contrast_cr.safetensors")
+    config = RatioConfig(features=vgg19, negatives=(), degraded=True, weight=1.0)
+    assert_golden(config, t["y"], t["x"], [], t["J"], t["loss"], t["grad"])
+
+
+def test_ccr_and_its_curriculum(golden, vgg19):
+    meta, t = case(golden / "contrast_ccr.safetensors")
+    constants = json.loads(meta["constants"])
+    config = RatioConfig(
+        features=vgg19,
+        negatives=(),
+        columns=tuple("abcdef"),
+        degraded=True,
+        degraded_weight=6,
+        average=True,
+        curriculum={"gamma": constants["gamma"], "thresholds": constants["thresholds"]},
+        weight=1.0,
+    )
+    contrast = config.build()
+    for best, weights in zip(t["best_psnr"].tolist(), t["weights"], strict=True):
+        contrast.best_psnr = best
+        assert contrast.weights() == pytest.approx(weights.tolist(), rel=1e-6)
+    for state in (0, constants["at"]):
+        gradient = t["grad"] if state == constants["at"] else None
+        best, value = float(t["best_psnr"][state]), t["loss.states"][state]
+        assert_golden(config, t["y"], t["x"], images(t), t["J"], value, gradient, best)
+
+
+def test_dcr(golden, vgg19):
+    _, t = case(golden / "contrast_dcr.safetensors")
+    config = RatioConfig(features=vgg19, negatives=({"views": 5},), weight=0.1)
+    assert_golden(config, t["y"], t["y"], images(t), t["J"], t["loss"], t["grad"])
+
+
+def test_pne(golden, vgg19):
+    _, t = case(golden / "contrast_pne.safetensors")
+    config = InfoNCEConfig(features=vgg19, negatives=({},) * 3, weight=1.0)
+    assert_golden(config, t["y"], t["y"], images(t), t["J"], t["loss"], t["grad"])
+
+
+def test_the_cr_of_mixdehazenet(golden, tmp_path):
+    _, t = case(golden / "contrast_cr_resnet152.safetensors")
+    path = features_file(tmp_path, "resnet152")
+    for normalise, key in (("minus_one_to_one", "loss"), ("none", "loss.unit_range")):
+        features = FeaturesConfig(network="resnet152", layers=RESNET_LAYERS, normalise=normalise, weights=path)
+        config = RatioConfig(features=features, negatives=(), degraded=True, weight=1.0)
+        gradient = t["grad"] if key == "loss" else None
+        assert_golden(config, t["y"], t["x"], [], t["J"], t[key], gradient)
+
+
+def test_distances_and_their_gradients_are_autograd_s():
+    """Unequal weights, and distances at which exp underflows."""
+    torch.manual_seed(0)
+    anchor = [torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 6, 2, 2, requires_grad=True)]
+    others = [[10**k * torch.randn_like(a) for a in anchor] for k in range(4)]
+    weights = [0.5, 2.0, 1.0, 0.25]
+    distances = torch.stack(
+        [torch.stack([(a - o).abs().mean() for a, o in zip(anchor, other, strict=True)]) for other in others]
+    )
+    expected = [
+        (distances * torch.tensor(weights)[:, None]).sum(0),
+        torch.logsumexp(-distances / 0.5, 0),
+        torch.logsumexp(-distances[2:] / 0.5, 0),  # -2000 at the least
+    ]
+    found = [
+        summed(anchor, iter(others), weights),
+        soft_nearest(anchor, iter(others), 0.5),
+        soft_nearest(anchor, iter(others[:1:-1]), 0.5),  # the order does not matter
+    ]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5)
+        scale = torch.tensor([1.0, -3.0])
+        gradients = [torch.autograd.grad((x * scale).sum(), anchor, retain_graph=True) for x in (a, b)]
+        for own, reference in zip(*gradients, strict=True):
+            assert torch.allclose(own, reference, rtol=1e-4, atol=1e-7)
+
+
+def test_an_anchor_attracts_and_a_negative_repels():
+    """One step down the gradient of the contrast alone."""
+    torch.manual_seed(0)
+    features = {"layers": {"relu1_1": 1.0}, "weights": "random"}
+    restored, clean, past, anchor = torch.rand(4, 1, 3, 16, 16)
+    for name in ("spn", "ratio", "infonce"):
+        schedules = [{"role": "negative"}, {"role": "anchor"}]
+        config = ObjectiveConfig.model_validate(
+            {"contrast": {"name": name, "features": features, "negatives": schedules, "weight": 1.0}}
+        )
+        objective = Objective(config)
+        x = restored.clone().requires_grad_()
+        objective(x, clean, clean, [past, anchor])["contrast"].backward()
+        see = objective.contrast.features
+
+        def distance(image, other, see=see):
+            return float((see(image)[0] - see(other)[0]).abs().mean())
+
+        moved = restored - 1e-3 * x.grad / x.grad.abs().max()
+        assert distance(moved, past) > distance(restored, past), name
+        assert distance(moved, anchor) < distance(restored, anchor), name
