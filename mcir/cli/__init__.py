@@ -6,23 +6,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from mcir.cli.arguments import Configs, ManyValues, split
 from mcir.cli.data import app as data_app
+from mcir.cli.study import study
 from mcir.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 config_app = typer.Typer(no_args_is_help=True, help="Check, show and document configs.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
-
-Configs = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="CONFIG... [path=value]...",
-        help="YAML files, merged left to right, then overrides such as optim.optimizer.lr=1e-4.",
-    ),
-]
+app.command(cls=ManyValues)(study)
 
 WeightsKind = Annotated[
     str | None,
@@ -38,21 +32,6 @@ Archs = Annotated[
 AllowImport = Annotated[bool, typer.Option("--allow-import", help="Let the weights name code of yours to import.")]
 Overlap = Annotated[int | None, typer.Option(help="Overlap of neighbouring tiles, in input pixels.")]
 Ensemble = Annotated[bool, typer.Option("--ensemble", help="Mean over the 8 turns and mirrorings; 8 times as long.")]
-
-
-class _ManyValues(TyperCommand):
-    """Takes `--weights A B` for `--weights A --weights B`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        option = None
-        for argument in args:
-            if argument.startswith("-"):
-                option = argument if argument in ("--weights", "--data", "--arch") else None
-            elif option and spread[-1] != option:
-                spread.append(option)
-            spread.append(argument)
-        return super().parse_args(ctx, spread)
 
 
 @app.callback()
@@ -79,7 +58,7 @@ def train(
     several processes."""
     from mcir.config import dump, load
 
-    config = load(*_split(configs))
+    config = load(*split(configs))
     if dry_run:
         from rich.console import Console
 
@@ -96,7 +75,7 @@ def train(
     raise typer.Exit(exit_code)
 
 
-@app.command(cls=_ManyValues)
+@app.command(cls=ManyValues)
 def evaluate(
     weights: Annotated[
         list[str],
@@ -219,7 +198,7 @@ def bench(
 
     from mcir.config import load
 
-    config = load(*_split(configs))
+    config = load(*split(configs))
     if sweep:
         from mcir.bench import sweep as settings
 
@@ -287,7 +266,7 @@ def show(configs: Configs) -> None:
     """Print the resolved config: files merged, overrides applied, defaults filled in."""
     from mcir.config import dump, load
 
-    print(dump(load(*_split(configs))), end="")
+    print(dump(load(*split(configs))), end="")
 
 
 @config_app.command()
@@ -326,14 +305,6 @@ def export(
     from mcir.weights.export import export as write
 
     print(write(weights, to, output, size=size, allow_import=allow_import))  # type: ignore[arg-type]
-
-
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Files and `path=value` overrides."""
-    files = [argument for argument in arguments if "=" not in argument]
-    if not files:
-        raise UserError("name at least one config file, such as configs/quickstart.yaml")
-    return files, [argument for argument in arguments if "=" in argument]
 
 
 def main() -> None:

@@ -1,0 +1,39 @@
+"""Arguments that several commands take."""
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from mcir.errors import UserError
+
+Configs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONFIG... [path=value]...",
+        help="YAML files, merged left to right, then overrides such as optim.optimizer.lr=1e-4.",
+    ),
+]
+
+
+class ManyValues(TyperCommand):
+    """Takes `--weights A B` for `--weights A --weights B`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        option = None
+        for argument in args:
+            if argument.startswith("-"):
+                option = argument if argument in ("--weights", "--data", "--arch", "--arms") else None
+            elif option and spread[-1] != option:
+                spread.append(option)
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
+
+
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Files and `path=value` overrides."""
+    files = [argument for argument in arguments if "=" not in argument]
+    if not files:
+        raise UserError("name at least one config file, such as configs/quickstart.yaml")
+    return files, [argument for argument in arguments if "=" in argument]

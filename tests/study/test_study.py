@@ -1,0 +1,142 @@
+"""Whole studies of tiny networks: real runs in processes of their own, and the report that they make."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mcir.errors import UserError
+from mcir.section import to_yaml
+from mcir.study.study import study
+from tests.runs import tiny_config, write_dataset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A config with negatives, and overlays beside it."""
+    folder = tmp_path_factory.mktemp("study")
+    source = {"format": "parquet", "path": str(write_dataset(folder / "heldout", num_rows=3, num_shards=1))}
+    sets = {"held": {"source": source, "degradation": {"name": "bicubic", "scale": 2}, "protocol": "sr"}}
+    values = tiny_config(folder, steps=4, validation={"every": 2, "sets": sets})
+    values["checkpoint"] = {"every": 2}
+    write(folder / "base.yaml", values)
+    write(folder / "spn.yaml", {"seed": 0})
+    write(folder / "plain.yaml", {"objective": {"spn": None}})
+    write(folder / "ruin.yaml", {"objective": {"spn": None}, "optim": {"max_skipped": 0, "optimizer": {"lr": 1e30}}})
+    return folder
+
+
+def write(path: Path, values) -> None:
+    path.write_text(to_yaml(values))
+
+
+def arms(folder: Path, *names: str) -> list[str]:
+    return [str(folder / f"{name}.yaml") for name in names]
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> Path:
+    """Two arms by two seeds, trained in turn."""
+    output = folder / "x"
+    code = study([str(folder / "base.yaml")], [], arms(folder, "plain", "spn"), output, num_seeds=2)
+    assert code == 0
+    return output
+
+
+def test_arms_by_seeds_are_trained_and_reported(trained):
+    names = ["plain.seed0", "spn.seed0", "plain.seed1", "spn.seed1"]
+    assert sorted(path.name for path in (trained / "runs").iterdir() if path.is_dir()) == sorted(names)
+    content = json.loads((trained / "study.json").read_text(), parse_constant=pytest.fail)
+    assert [run["name"] for run in content["runs"]] == names
+    assert {run["state"] for run in content["runs"]} == {"finished"}
+    assert content["arms"]["spn"]["changes"].keys() == {"objective.spn"}
+    assert all(run["hours"] > 0 for run in content["runs"])
+
+    # The paired difference is that of the runs' own records of what they measured.
+    means = {name: json.loads((trained / "runs" / name / "run.json").read_text())["best"]["value"] for name in names}
+    last = {run["name"]: run["scores"]["held"]["psnr"] for run in content["runs"]}
+    assert all(last[name] <= means[name] + 1e-9 for name in names)
+    entry = next(r for r in content["results"] if (r["metric"], r["arm"]) == ("psnr", "spn"))
+    by_seed = [last[f"spn.seed{seed}"] - last[f"plain.seed{seed}"] for seed in (0, 1)]
+    assert entry["difference"]["mean"] == pytest.approx(np.mean(by_seed), abs=1e-9)
+    half = 12.706205 * np.std(by_seed, ddof=1) / np.sqrt(2)
+    assert entry["difference"]["high"] - entry["difference"]["mean"] == pytest.approx(half, rel=1e-6)
+    assert abs(entry["difference"]["mean"]) > 0
+    text = (trained / "study.md").read_text()
+    assert "no difference is shown" in text
+    assert "| spn | 2 |" in text.replace("|  |", "|")
+    for name in ("differences.png", "curves.png"):
+        assert Image.open(trained / name).size[0] > 500
+
+
+def test_a_seed_has_one_start_and_one_order(trained):
+    """plain and spn of one seed began alike: at step 1 both saw the same samples with the same weights."""
+    order = {}
+    for name in ("plain.seed0", "spn.seed0", "plain.seed1"):
+        checkpoint = trained / "runs" / name / "checkpoints" / "step-00000002"
+        state = json.loads((checkpoint / "state.json").read_text())
+        order[name] = state["order"]
+        assert load_file(checkpoint / "model.safetensors")
+    assert order["plain.seed0"] == order["spn.seed0"]
+    assert order["plain.seed0"] != order["plain.seed1"]
+
+
+def test_again_does_nothing_but_the_report(trained, folder, capfd):
+    before = {path: path.stat().st_mtime_ns for path in (trained / "runs").rglob("run.json")}
+    report = (trained / "study.json").read_bytes()
+    (trained / "study.json").unlink()
+    assert study([str(folder / "base.yaml")], [], arms(folder, "plain", "spn"), trained, num_seeds=2) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert json.loads((trained / "study.json").read_bytes())["results"] == json.loads(report)["results"]
+    assert capfd.readouterr().out.count("is finished") == 4
+    with pytest.raises(UserError, match=r"trained with other settings \(optim\.optimizer\.lr: 0\.5, not 0\.001"):
+        study([str(folder / "base.yaml")], ["optim.optimizer.lr=0.5"], arms(folder, "plain", "spn"), trained)
+
+
+def test_a_failed_run_stays_failed_and_costs_only_itself(folder, trained, capfd):
+    """A third arm, whose learning rate ruins it, joins the study; `--only` takes one run of it."""
+    base, chosen = [str(folder / "base.yaml")], arms(folder, "plain", "spn", "ruin")
+    assert study(base, [], chosen, trained, num_seeds=2, only=2) == 1
+    assert study(base, [], chosen, trained, num_seeds=2, only=1) == 0  # finished before
+    capfd.readouterr()
+    assert study(base, [], chosen, trained, num_seeds=1) == 1
+    assert "2 ruin.seed0 has failed and stays so" in capfd.readouterr().out
+    content = json.loads((trained / "study.json").read_text())
+    assert {run["arm"]: run["state"] for run in content["runs"]} == {
+        "plain": "finished",
+        "spn": "finished",
+        "ruin": "failed",
+    }
+    assert "`ruin.seed0` is not in the tables: failed" in (trained / "study.md").read_text()
+    with pytest.raises(UserError, match="there are 3 runs"):
+        study(base, [], chosen, trained, num_seeds=1, only=3)
+
+
+@pytest.mark.slow
+def test_stopped_and_killed_it_goes_on(folder):
+    """SIGTERM lets the run save: 75. The run ends as one that was never stopped."""
+    output = folder / "stopped"
+    command = [sys.executable, "-m", "mcir", "study", str(folder / "base.yaml"), "steps=60", "validation.every=60"]
+    command += ["checkpoint.every=60", "--arms", *arms(folder, "plain", "spn"), "--seeds", "1", "--output", str(output)]
+    first = subprocess.Popen(command, start_new_session=True)
+    events = output / "runs" / "plain.seed0"
+    while not list(events.glob("events.*")):
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait() in (75, 0)
+    assert subprocess.run(command, check=False).returncode == 0
+    whole = folder / "whole"
+    assert subprocess.run([*command[:-1], str(whole)], check=False).returncode == 0
+    for name in ("plain.seed0", "spn.seed0"):
+        both = [load_file(o / "runs" / name / "checkpoints/step-00000060/model.safetensors") for o in (output, whole)]
+        assert all(torch.equal(both[0][key], both[1][key]) for key in both[0])
+    assert not (output / "runs" / "spn.seed0-2").exists()
