@@ -151,7 +151,7 @@ def _cost_table(results: Results) -> str:
                 f"{finished} of {results.plan.num_seeds}",
                 str(results.plan.steps[arm]),
                 "" if speed is None else f"{speed:.1f}",
-                "" if hours is None else f"{hours:.2f}",
+                "" if hours is None else f"{hours:.3g}",
             ]
         )
     return _markdown(["arm", "finished", "steps", "images/s", hours_of], rows)

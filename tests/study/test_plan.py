@@ -28,14 +28,14 @@ def overlay(tmp_path):
 
 
 def test_runs_go_seed_by_seed(base, overlay, tmp_path):
-    plain, fast = overlay("plain", objective={"spn": None}), overlay("fast", optim={"optimizer": {"lr": 0.01}})
+    plain, fast = overlay("plain", objective={"contrast": None}), overlay("fast", optim={"optimizer": {"lr": 0.01}})
     arms = read_arms([base], ["ema_decay=0.5"], [plain, f"both={plain}+{fast}"])
     plan = Plan(arms, 3, tmp_path / "out", None, equal_steps(arms, None))
     assert [task.name for task in plan.tasks] == [
         f"{arm}.seed{seed}" for seed in (7, 8, 9) for arm in ("plain", "both")
     ]
     last = plan.tasks[-1].config
-    assert (last.seed, last.optim.optimizer.lr, last.ema_decay, last.objective.spn) == (9, 0.01, 0.5, None)
+    assert (last.seed, last.optim.optimizer.lr, last.ema_decay, last.objective.contrast) == (9, 0.01, 0.5, None)
     assert plan.changes("both") == {"optim.optimizer.lr": 0.01}
     assert Plan(arms, 9, tmp_path / "out", None, plan.steps).tasks[: len(plan.tasks)] == plan.tasks
 
@@ -52,16 +52,16 @@ def test_runs_go_seed_by_seed(base, overlay, tmp_path):
         ({"seed": 1}, "seed: 1, not 7"),
         ({"validation": {"every": 1}}, r"validation\.every"),
         ({"validation": None}, "arm other: has no validation section"),
-        ({"objective": {"spm": None}}, r"objective\.spm: no such field, do you mean spn"),
+        ({"objective": {"contrasts": None}}, r"objective\.contrasts: no such field, do you mean contrast"),
     ],
 )
 def test_wrong_arms_are_refused(base, overlay, values, said):
     with pytest.raises(UserError, match=said):
-        read_arms([base], [], [overlay("plain", objective={"spn": None}), overlay("other", **values)])
+        read_arms([base], [], [overlay("plain", objective={"contrast": None}), overlay("other", **values)])
 
 
 def test_names_are_names(base, overlay):
-    plain = overlay("plain", objective={"spn": None})
+    plain = overlay("plain", objective={"contrast": None})
     with pytest.raises(UserError, match="two arms are called plain"):
         read_arms([base], [], [plain, plain])
     with pytest.raises(UserError, match=r"'a\.b' is no name"):
@@ -71,7 +71,7 @@ def test_names_are_names(base, overlay):
 
 
 def test_other_steps_need_a_word(base, overlay):
-    plain = overlay("plain", objective={"spn": None})
+    plain = overlay("plain", objective={"contrast": None})
     arms = read_arms([base], [], [plain, overlay("long", steps=12)])
     with pytest.raises(UserError, match="arm long trains 12 steps, the first one 6: give --equal steps"):
         equal_steps(arms, None)
@@ -89,7 +89,7 @@ def test_arms_share_initial_weights_and_data(base, overlay, tmp_path):
 
     from mcir.train.engine import build_engine
 
-    arms = read_arms([base], [], [overlay("plain", objective={"spn": None}), overlay("spn")])
+    arms = read_arms([base], [], [overlay("plain", objective={"contrast": None}), overlay("spn")])
     tasks = Plan(arms, 2, tmp_path, None, equal_steps(arms, None)).tasks
     starts, samples = {}, {}
     for task in tasks:

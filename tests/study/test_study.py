@@ -29,8 +29,10 @@ def folder(tmp_path_factory) -> Path:
     values["checkpoint"] = {"every": 2}
     write(folder / "base.yaml", values)
     write(folder / "spn.yaml", {"seed": 0})
-    write(folder / "plain.yaml", {"objective": {"spn": None}})
-    write(folder / "ruin.yaml", {"objective": {"spn": None}, "optim": {"max_skipped": 0, "optimizer": {"lr": 1e30}}})
+    write(folder / "plain.yaml", {"objective": {"contrast": None}})
+    write(
+        folder / "ruin.yaml", {"objective": {"contrast": None}, "optim": {"max_skipped": 0, "optimizer": {"lr": 1e30}}}
+    )
     return folder
 
 
@@ -57,7 +59,7 @@ def test_arms_by_seeds_are_trained_and_reported(trained):
     content = json.loads((trained / "study.json").read_text(), parse_constant=pytest.fail)
     assert [run["name"] for run in content["runs"]] == names
     assert {run["state"] for run in content["runs"]} == {"finished"}
-    assert content["arms"]["spn"]["changes"].keys() == {"objective.spn"}
+    assert content["arms"]["spn"]["changes"].keys() == {"objective.contrast"}
     assert all(run["hours"] > 0 for run in content["runs"])
 
     # The paired difference is that of the runs' own records of what they measured.
