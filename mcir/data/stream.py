@@ -2,15 +2,14 @@
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from mcir.data.degrade import AnyDegradation
-from mcir.data.order import Mixture, Order
+from mcir.data.order import VERSION, Mixture, Order, share
 from mcir.data.rows import Row, Units
 from mcir.data.sources import AnySource
 from mcir.data.transforms import Augment, Pixels, training_pair
@@ -39,15 +38,26 @@ class DataConfig(Section):
     num_workers: NonNegativeInt = 4
     """Decoding processes of each rank."""
     shuffle_buffer: PositiveInt = 1024
-    """Undecoded rows of a source that a process may hold for shuffling, in a mixture some 200 more."""
+    """Undecoded rows of a source that all processes together hold for shuffling, beside the row groups that are
+    open: two for each sample of a batch at most."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What a row that cannot be used does: stop the run, or be left out of its batch, counted and logged. Where a
-    process has none left in a batch, its next usable sample stands in, and comes again in its own place. A row group or
-    tar that turns unreadable counts row by row; what cannot be found or opened at the start always stops the run."""
+    """What a row that cannot be used does: stop the run, or be left out of its batch, counted and logged: its place
+    adds nothing to the gradient. A row group or tar that turns unreadable counts row by row; what cannot be found or
+    opened at the start always stops the run."""
 
 
 Sample = tuple[str, Pixels, Pixels]
 """key, degraded (3, h, w), clean (3, s * h, s * w)"""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Which process reads: worker w of W of rank r of R, or none of them (None), which only knows who does."""
+
+    rank: int = 0
+    world_size: int = 1
+    worker: int | None = 0
+    num_workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,87 +68,129 @@ class Failure:
 
 
 class SampleStream:
-    """The samples of all sources of `data`, which are opened here once, for all workers."""
+    """The samples of all sources of `data`, which are opened here once, for all workers. `num_lanes`: places of a
+    batch, which the ranks share equally."""
 
-    def __init__(self, data: DataConfig, scale: int, seed: int) -> None:
+    def __init__(self, data: DataConfig, scale: int, seed: int, num_lanes: int) -> None:
         """UserError where a source cannot be opened or holds nothing."""
-        self.data, self.scale, self.seed = data, scale, seed
+        self.data, self.scale, self.seed, self.num_lanes = data, scale, seed, num_lanes
         try:
-            self.mixture = Mixture.of([train.weight for train in data.train], seed)
+            self.mixture = Mixture.of([train.weight for train in data.train], seed, num_lanes)
         except ValueError as error:
             raise UserError(f"data.train: {error}") from error
         self.units = [train.source.open() for train in data.train]
-        decides = (seed, data.shuffle_buffer, self.mixture.counts, [units.lengths for units in self.units])
+        decides = (VERSION, seed, num_lanes, data.shuffle_buffer, self.mixture.counts, [u.lengths for u in self.units])
         self.order = f"{zlib.crc32(repr(decides).encode()):08x}"
         """Of what decides which sample is the n-th."""
 
-    def samples(self, position: int, stride: int) -> Iterator[Sample | Failure]:
-        """Those at `position`, `position + stride`, ..., for ever."""
+    def samples(self, position: int, reader: Reader) -> Iterator[Sample | Failure]:
+        """Those that `reader` decodes from `position`, where a batch begins, on, for ever."""
+        for which, epoch, unit, row in self._dealt(position, reader):
+            if unit.worker == reader.worker:
+                yield self._sample(which, epoch, unit, row)
+
+    def turns(self, position: int, reader: Reader) -> Iterator[int]:
+        """Which worker of the rank decodes each of its samples."""
+        return (unit.worker for _, _, unit, _ in self._dealt(position, replace(reader, worker=None)))
+
+    def excess(self, world_size: int) -> list[float]:
+        """How many times its own share of the bytes of each source a rank reads: the units where the shares of two
+        ranks meet are read by both."""
+        return [1 + (world_size - 1) / len(units.lengths) for units in self.units]
+
+    def _dealt(self, position: int, reader: Reader) -> Iterator[tuple[int, int, "_Unit", int]]:
+        """(source, epoch, unit, row of the unit) of each sample of the rank."""
+        desk = Desk(reader.num_workers)
         streams = [
-            SourceStream(units, self.seed + i, self.data.shuffle_buffer, self.mixture.spread(i))
+            SourceStream(
+                units,
+                Order(units.lengths, self.seed + i, self.data.shuffle_buffer, self.num_lanes),
+                desk,
+                reader,
+                self.mixture.spread(i),
+            )
             for i, units in enumerate(self.units)
         ]
         while True:
-            which, index = self.mixture.locate(position)
-            train = self.data.train[which]
-            try:
-                epoch, row = streams[which].read(index)
-                # not hash(): it differs between processes
-                rng = np.random.default_rng([self.seed, epoch, which, zlib.crc32(row.key.encode())])
-                pair = training_pair(row, self.data.crop_size, self.scale, train.degradation, self.data.augment, rng)
-                sample: Sample | Failure = (row.key, *pair)
-            except UserError as error:
-                sample = Failure(str(error))
-            yield sample  # outside of try: a program that ends here has no UserError left to compare with
-            position += stride
+            for place in share(position, reader.rank, reader.world_size, self.num_lanes):
+                which, index = self.mixture.locate(place)
+                yield which, *streams[which].find(index)
+            position += self.num_lanes
+
+    def _sample(self, which: int, epoch: int, unit: "_Unit", at: int) -> Sample | Failure:
+        train = self.data.train[which]
+        row = unit.rows[at]
+        if isinstance(row, UserError):
+            return Failure(str(row))
+        # not hash(): it differs between processes
+        rng = np.random.default_rng([self.seed, epoch, which, zlib.crc32(row.key.encode())])
+        try:
+            pair = training_pair(row, self.data.crop_size, self.scale, train.degradation, self.data.augment, rng)
+        except UserError as error:
+            return Failure(str(error))
+        return (row.key, *pair)
 
 
 class SourceStream:
-    """Access to one source by an index that rises, but for `spread`; holds the windows that may be asked for again."""
+    """Access to one source by an index that rises, but for `spread`. Of each unit that the rank meets it holds which
+    worker of the rank reads it, and of those that `reader` itself reads the rows, until the last of them is used."""
 
-    def __init__(self, units: Units, seed: int, buffer: int, spread: int = 0) -> None:
-        self.units, self.spread = units, spread
-        self.order = Order(units.lengths, seed, buffer)
-        self.windows: dict[int, list[_Window]] = {}  # of each lane
-        self.readers: dict[int, tuple[int, int, Iterator[Row | UserError]]] = {}  # lane -> (epoch, next row, reader)
+    def __init__(self, units: Units, order: Order, desk: "Desk", reader: Reader, spread: int = 0) -> None:
+        self.units, self.order, self.desk, self.reader, self.spread = units, order, desk, reader, spread
+        self.open: dict[tuple[int, int], _Unit] = {}  # by epoch and place in its sequence
 
-    def read(self, index: int) -> tuple[int, Row]:
-        """(epoch, row) of a sample. UserError where its row cannot be read."""
+    def find(self, index: int) -> tuple[int, "_Unit", int]:
+        """(epoch, unit, row of the unit) of a sample."""
         epoch, lane, place = self.order.locate(index)
-        held = self.windows.setdefault(lane, [])
-        window = next((w for w in held if w.epoch == epoch and w.first <= place < w.last), None)
-        if window is None:
-            at_epoch, _, at = self.order.locate(max(0, index - self.spread))
-            held[:] = [w for w in held if (w.epoch, w.last) > (at_epoch, at)]
-            window = self._window(epoch, lane, place)
-            held.append(window)
-        row = window.rows[place - window.first]
-        if isinstance(row, UserError):
-            raise row
-        return epoch, row
+        row = self.order.row_of(epoch, lane, place)
+        at, number, first = self.order.unit_at(epoch, row)
+        unit = self.open.get((epoch, at))
+        if unit is None:
+            for key in [key for key, unit in self.open.items() if unit.until <= index - self.spread]:
+                self.desk.close(self.open.pop(key))
+            unit = self.open[epoch, at] = self._begin(epoch, lane, number, first)
+        unit.left -= 1
+        if not unit.left:
+            self.desk.close(self.open.pop((epoch, at)))
+        return epoch, unit, row - first
 
-    def _window(self, epoch: int, lane: int, place: int) -> "_Window":
-        first, last, permutation = self.order.window_of(epoch, lane, place)
-        at_epoch, at, reader = self.readers.get(lane, (-1, -1, iter(())))
-        if (at_epoch, at) != (epoch, first):
-            reader = self._sequence(epoch, self.order.lane_range(lane)[0] + first)
-        rows = list(islice(reader, last - first))
-        self.readers[lane] = (epoch, last, reader)
-        return _Window(epoch, first, last, [rows[row] for row in permutation])
-
-    def _sequence(self, epoch: int, row: int) -> Iterator[Row | UserError]:
-        """The epoch's rows from `row` on."""
-        while row < self.order.num_rows:
-            _, unit, start = self.order.unit_at(epoch, row)
-            row += self.order.lengths[unit] - start
-            yield from self.units.rows(unit, start)
+    def _begin(self, epoch: int, lane: int, number: int, first: int) -> "_Unit":
+        order, last = self.order, first + self.order.lengths[number]
+        lanes = share(0, self.reader.rank, self.reader.world_size, order.num_lanes)
+        start, stop = order.lane_range(epoch, lanes[0])[0], order.lane_range(epoch, lanes[-1])[1]
+        until = epoch * order.num_rows + (order.last_place(epoch, lane, first, last) + 2) * order.num_lanes
+        worker = self.desk.open()
+        rows: list[Row | UserError] = []
+        if worker == self.reader.worker:
+            read = list(self.units.rows(number, 0))
+            rows = [read[row] for row in order.rows_in(epoch, number)]
+        return _Unit(worker, min(last, stop) - max(first, start), until, rows)
 
 
-@dataclass(frozen=True)
-class _Window:
-    """The rows of places `first` to `last` - 1 of a lane, in the order of the samples."""
+@dataclass
+class _Unit:
+    """A unit of which samples are still to come: `left` of this rank, where it has met them all; none after index
+    `until`."""
 
-    epoch: int
-    first: int
-    last: int
+    worker: int
+    left: int
+    until: int
     rows: list[Row | UserError]
+
+
+class Desk:
+    """Deals units to the workers of a rank, each to the one with the fewest still open, of several to the one that has
+    waited longest. Every process of the rank comes to the same result."""
+
+    def __init__(self, num_workers: int) -> None:
+        self.num_open, self.dealt, self.count = [0] * num_workers, [0] * num_workers, 0
+
+    def open(self) -> int:
+        worker = min(range(len(self.dealt)), key=lambda worker: (self.num_open[worker], self.dealt[worker]))
+        self.count += 1
+        self.num_open[worker] += 1
+        self.dealt[worker] = self.count
+        return worker
+
+    def close(self, unit: _Unit) -> None:
+        self.num_open[unit.worker] -= 1

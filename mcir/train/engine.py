@@ -73,7 +73,8 @@ class Engine:
         self.loader = Loader(
             config.data,
             scale=self.arch.descriptor.scale,
-            batch_size=config.batch_size // config.accumulate,
+            batch_size=config.batch_size,
+            accumulate=config.accumulate,
             seed=config.seed,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
@@ -107,6 +108,8 @@ class Engine:
                     restored = self.model(batch.degraded)  # (B, 3, s * H, s * W)
                     past = self.negatives(batch.degraded)
                     losses = self.objective(restored, batch.clean, batch.degraded, past)
+                    if batch.weight != 1:
+                        losses = {name: value * batch.weight for name, value in losses.items()}
                 self.accelerator.backward(losses["total"])
                 if self.accelerator.sync_gradients:
                     norm, skipped = clip_and_guard(self.accelerator, self.model, self.optimizer, optim.max_grad_norm)

@@ -9,11 +9,13 @@ sample. The decoder decodes whole images; mcir may be faster than that, since it
 allows (not in WebP without loss). Target: at least 0.9 of the decoder's own rate at equal cores and at least 1.3 times
 the folder loop.
 
-The second table is about the order, for datasets of 16 to 1536 row groups of 12 to 20 rows:
+The second table is about the order, for datasets of 16 to 1536 row groups of 12 to 20 rows and batches of 16:
 - shuffle: how far apart, in samples, rows land that were packed side by side, as a share of the epoch (1/3 where the
   order is uniformly random). `mcir data pack` shuffles the rows too; this is what the order adds.
-- read: rows of the row groups that all ranks together fetch in an epoch, over the rows of the dataset, for world sizes
-  1, 2, 4 and 8. Row groups are fetched whole; did every rank read everything, it would be 1, 2, 4 and 8.
+- held: MiB of row groups that one process alone holds at most, of 16 MiB each (`mcir data pack`'s).
+The third counts what is read: rows of the row groups that all reader processes together fetch in an epoch, over the
+rows that they use, by ranks x workers. Row groups are fetched whole; did every process read everything, it would be the
+number of processes. Of more than 8 ranks, 4 are counted.
 """
 
 import argparse
@@ -33,14 +35,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms.functional import crop, hflip, to_tensor
 
 from mcir.data.loader import Loader
-from mcir.data.order import Order
+from mcir.data.order import Order, share
 from mcir.data.pack import ROW_GROUP_BYTES, Options, pack
 from mcir.data.pairs import pair_folders
 from mcir.data.rows import Row, Units
-from mcir.data.stream import DataConfig, SourceStream
+from mcir.data.stream import DataConfig, Desk, Reader, SourceStream
 
 SIDE, CROP, BATCH = 480, 192, 16
-BUFFER, WORLD_SIZES = 1024, (1, 2, 4, 8)
+BUFFER = 1024
+READERS = ((1, 0), (1, 4), (2, 4), (4, 4), (8, 4), (8, 8), (64, 8), (512, 8))  # ranks, workers
 KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "png": ("PNG", {}),
     "jpeg": ("JPEG", {"quality": 95}),
@@ -170,34 +173,65 @@ def speed(root: Path, args: argparse.Namespace) -> None:
             )
 
 
-def fetched(lengths: tuple[int, ...], world_size: int) -> float:
-    """Rows of the row groups that all ranks fetch in one epoch, as a multiple of the rows there are."""
-    num_fetched = 0
+def row_groups(num: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(0).integers(12, 21, num).tolist())  # a row group ends by bytes
+
+
+def fetched(lengths: tuple[int, ...], ranks: int, workers: int, batch: int) -> float:
+    """Rows of the row groups that all readers fetch in one epoch, as a multiple of the rows they use."""
+    num_fetched = num_used = 0
 
     def rows(unit: int, start: int) -> Iterator[Row]:
         nonlocal num_fetched
         num_fetched += lengths[unit]
         yield from itertools.repeat(Row("", b"", None, ""), lengths[unit] - start)
 
-    for rank in range(world_size):
-        stream = SourceStream(Units(lengths, rows), seed=0, buffer=BUFFER)
-        for index in range(rank, sum(lengths), world_size):
-            stream.read(index)
-    return num_fetched / sum(lengths)
+    order = Order(lengths, 0, BUFFER, batch)
+    for rank in range(0, ranks, ranks // 4 if ranks > 8 else 1):
+        for worker in range(max(1, workers)):
+            reader = Reader(rank, ranks, worker, max(1, workers))
+            stream = SourceStream(Units(lengths, rows), order, Desk(reader.num_workers), reader)
+            for start in range(0, order.num_rows - batch + 1, batch):
+                for index in share(start, rank, ranks, batch):
+                    num_used += stream.find(index)[1].worker == worker
+    return num_fetched / num_used
+
+
+def held(lengths: tuple[int, ...], batch: int) -> int:
+    """MiB of row groups open at one time, for one process."""
+    stream = SourceStream(
+        Units(lengths, lambda *_: iter(())), Order(lengths, 0, BUFFER, batch), Desk(1), Reader(worker=None)
+    )
+    most = 0
+    for index in range(min(sum(lengths), 20_000)):
+        stream.find(index)
+        most = max(most, len(stream.open))
+    return most * ROW_GROUP_BYTES // 2**20
 
 
 def shuffle() -> None:
-    print(f"\nrow groups   rows lanes  shuffle   read by {'  '.join(f'{ranks:4}' for ranks in WORLD_SIZES)} ranks")
+    print("\nrow groups    rows  shuffle  held (batch of 16)  held (batch of 64)")
     for num_units in (16, 48, 192, 384, 1536):
-        lengths = tuple(np.random.default_rng(0).integers(12, 21, num_units).tolist())  # a row group ends by bytes
+        lengths = row_groups(num_units)
         order = Order(lengths, seed=0, buffer=BUFFER)
         starts, places = np.cumsum((0, *lengths)), np.empty(order.num_rows)
         for index in range(order.num_rows):
             unit, row = order.row(index)
             places[starts[unit] + row] = index
         distance = np.abs(np.diff(places)).mean() / order.num_rows
-        read = "  ".join(f"{fetched(lengths, world_size):4.2f}" for world_size in WORLD_SIZES)
-        print(f"{num_units:10} {order.num_rows:6} {order.num_lanes:5} {distance:8.2f} {'':9} {read}", flush=True)
+        print(
+            f"{num_units:10} {order.num_rows:7} {distance:8.2f} {held(lengths, 16):15} MiB {held(lengths, 64):15} MiB"
+        )
+
+
+def amplification() -> None:
+    print(f"\nrow groups  read by {'  '.join(f'{r} x {w}'.rjust(7) for r, w in READERS)}  ranks x workers")
+    for num_units in (16, 48, 192, 768, 3072, 100_000):
+        lengths, read = row_groups(num_units), []
+        for ranks, workers in READERS:
+            few, many = num_units < ranks, sum(lengths) * min(1, 4 / ranks) * workers > 2_000_000
+            read.append("" if few or many else f"{fetched(lengths, ranks, workers, max(16, ranks)):.2f}")
+        print(f"{num_units:10} {'':7} {'  '.join(text.rjust(7) for text in read)}", flush=True)
 
 
 def main() -> None:
@@ -206,12 +240,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="none: only the order")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         speed(Path(folder), args)
     shuffle()
+    amplification()
 
 
 if __name__ == "__main__":
