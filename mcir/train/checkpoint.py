@@ -9,7 +9,8 @@ whole.
         state.json  config.yaml              step, data position, what was running; the resolved config
         manifest.json                        size and SHA-256 of every file
 
-A checkpoint is written to a hidden directory, flushed to the disk and renamed. Nothing is pickled.
+A checkpoint is written to a hidden directory, flushed to the disk and renamed; only then are older ones removed, and
+never the last one that is whole and of healthy weights. Nothing is pickled.
 """
 
 import hashlib
@@ -34,7 +35,8 @@ from mcir.errors import UserError
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"step-(\d{8,})")
+NAME = re.compile(r"step-(\d{8,})(?:\.old)?")
+"""`.old`: the one before of the same step, for the moment in which it is replaced."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,13 @@ class Checkpoint:
 
 
 class Checkpointer:
-    """Saves to and loads from `folder`. All methods are collective."""
+    """Saves to and loads from `folder`. All methods are collective. `owned` raises UserError on the main process once
+    another one writes there."""
 
-    def __init__(self, accelerator: Accelerator, folder: Path, keep_last: int = 1) -> None:
-        self.accelerator, self.folder, self.keep_last = accelerator, folder, keep_last
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, keep_last: int = 1, owned: Callable[[], None] = lambda: None
+    ) -> None:
+        self.accelerator, self.folder, self.keep_last, self.owned = accelerator, folder, keep_last, owned
 
     def save(
         self,
@@ -71,72 +76,133 @@ class Checkpointer:
 
         A file that cannot be written (a full disk) is an error on all ranks; earlier checkpoints stay as they are.
         """
-        final = self.folder / f"step-{step:08d}"
-        temporary = self.folder / f".step-{step:08d}.partial"
-        if self.accelerator.is_main_process:
+        final, main = self.folder / f"step-{step:08d}", self.accelerator.is_main_process
+        temporary = final.with_name(f".{final.name}.partial")
+
+        def together(work: Callable[[], dict[str, Any]] | None) -> dict[str, Any]:
+            """What all ranks' work gives; an error of one is an error of all."""
+            mine, problem = {}, None
+            try:
+                mine = work() if work else {}
+            except (
+                OSError,
+                UserError,
+                RuntimeError,
+            ) as error:  # safetensors' own error, on a full disk, is one of them
+                problem = str(error)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+            gathered = gather_object([(mine, problem)])
+            problems = [problem for _, problem in gathered if problem]
+            if problems:
+                if main:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise UserError(f"the checkpoint of step {step} could not be written to {self.folder}: {problems[0]}")
+            return {name: entry for entries, _ in gathered for name, entry in entries.items()}
+
+        def begin() -> dict[str, Any]:
+            self.owned()
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        entries: dict[str, Any] = {}
-        problem = None
-        try:
-            _require_space(self.folder, sum(t.nbytes for file in files.values() for t in file.values()))
-            for name, tensors in files.items():
-                save_file(dict(tensors), temporary / name, metadata={"format": "pt", **metadata})
-                entries[name] = _fingerprint(temporary / name)
-            if self.accelerator.is_main_process:
-                for name, text in texts.items():
-                    (temporary / name).write_text(text)
-                    entries[name] = _fingerprint(temporary / name)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # safetensors raises its own error type, a RuntimeError's kin, on a full disk
-            problem = str(error)
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        gathered = gather_object([(entries, problem)])
-        problems = [problem for _, problem in gathered if problem]
-        if problems:
-            if self.accelerator.is_main_process:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"the checkpoint of step {step} could not be written to {self.folder}: {problems[0]}")
-        if self.accelerator.is_main_process:
-            manifest = {name: entry for entries, _ in gathered for name, entry in entries.items()}
-            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            _flush(temporary / "manifest.json")
-            _remove(final)
-            _flush(temporary)
-            temporary.rename(final)
-            _flush(self.folder)
-        self.accelerator.wait_for_everyone()
+            return {}
+
+        def end() -> dict[str, Any]:
+            self.owned()
+            publish(temporary, final, manifest)
+            return {}
+
+        together(begin if main else None)
+        manifest = together(lambda: write_files(temporary, files, texts if main else {}, metadata))
+        together(end if main else None)
         return final
 
     def prune(self, keep: Path | None) -> None:
-        """Remove all but the last `keep_last` checkpoints and `keep`."""
+        """Remove all but the last `keep_last` checkpoints that are worth something, and `keep`."""
         if self.accelerator.is_main_process:
-            for path in self._saved()[: -self.keep_last]:
-                if path != keep:
-                    _remove(path)
-            for partial in self.folder.glob(".step-*.partial"):
-                shutil.rmtree(partial)
+            prune(self.folder, self.keep_last, keep)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint whose manifest holds, the same on all ranks; a damaged one is passed over with a
-        warning."""
+        """`newest`, the same on all ranks."""
         found: list[str | None] = [None]
         if self.accelerator.is_main_process:
-            for path in reversed(self._saved()):
-                fault = damage(path)
-                if fault is None:
-                    found = [str(path)]
-                    break
-                log.warning("checkpoint %s is damaged (%s): trying the one before", path, fault)
+            path = newest(self.folder)
+            found = [str(path) if path else None]
         broadcast_object_list(found)
         return Checkpoint(Path(found[0])) if found[0] else None
 
-    def _saved(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name))
+
+def write_files(
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str], metadata: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write and flush; size and checksum of each file, by name."""
+    _require_space(folder, sum(t.nbytes for file in files.values() for t in file.values()))
+    for name, tensors in files.items():
+        save_file(dict(tensors), folder / name, metadata={"format": "pt", **metadata})
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return {name: _fingerprint(folder / name) for name in [*files, *texts]}
+
+
+def publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+    """Make the checkpoint that was written to `temporary` visible; one of the same step stays so until then."""
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    _flush(temporary / "manifest.json")
+    _flush(temporary)
+    aside = final.with_name(f"{final.name}.old")
+    if final.exists() and damage(final):
+        _remove(final)
+    if final.exists():
+        _remove(aside)
+        final.rename(aside)
+    temporary.rename(final)
+    _flush(final.parent)
+    _remove(aside)
+
+
+def prune(folder: Path, keep_last: int, keep: Path | None = None) -> None:
+    """Remove all but the newest `keep_last` whole, healthy checkpoints, the newest whole one, and `keep`.
+
+    Each that counts is read again: one that the disk has damaged must not push out a good one.
+    """
+    saved = _saved(folder)
+    whole: list[Path] = []
+    for path in reversed(saved):
+        if sum(map(is_healthy, whole)) < keep_last and damage(path) is None:
+            whole.append(path)
+    kept = {*filter(is_healthy, whole), *whole[:1], keep}
+    for path in saved:
+        if whole and path not in kept:
+            _remove(path)
+    for partial in folder.glob(".step-*.partial"):
+        shutil.rmtree(partial)
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder, a healthy one if there is one. What is passed over is said."""
+    sick = None
+    for path in reversed(_saved(folder)):
+        fault = damage(path)
+        if fault is not None:
+            log.warning("checkpoint %s is damaged (%s): trying the one before", path, fault)
+        elif is_healthy(path):
+            if sick:
+                log.warning("checkpoint %s was saved while no gradient was finite: trying one before", sick)
+            return path
+        else:
+            sick = sick or path
+    return sick
+
+
+def is_healthy(path: Path) -> bool:
+    """Whether a whole checkpoint was saved with finite weights and outside of a streak of steps that were skipped for
+    want of a finite gradient: what destroys a network shows in the gradients that follow."""
+    return bool(json.loads((path / "state.json").read_text()).get("healthy", True))
+
+
+def _saved(folder: Path) -> list[Path]:
+    """From old to new."""
+    matches = [(NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
 def _remove(path: Path) -> None:

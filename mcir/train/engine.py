@@ -21,7 +21,7 @@ from mcir.objective.negatives import Negatives
 from mcir.objective.objective import Objective
 from mcir.parallel.accelerator import autocast, build_accelerator, clip_and_guard, precision_of, strategy
 from mcir.train import runs
-from mcir.train.checkpoint import Checkpoint, Checkpointer
+from mcir.train.checkpoint import Checkpoint, Checkpointer, is_healthy
 from mcir.train.ema import EMA
 from mcir.train.optim import set_lr
 from mcir.train.record import Record
@@ -37,8 +37,12 @@ log = logging.getLogger(__name__)
 class Engine:
     """A run: what is trained, and how far it is. `step` is one optimizer step, `fit` the whole run."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, run_dir: Path, record: Record) -> None:
-        self.config, self.accelerator, self.run_dir, self.record = config, accelerator, run_dir, record
+    run_dir: Path
+    record: Record
+    checkpointer: Checkpointer
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
         self.arch = config.arch
         set_seed(config.seed)  # the same on all ranks: FSDP2 shards each rank's own copy of the initial weights
         net = self.arch.build()
@@ -80,9 +84,11 @@ class Engine:
             world_size=accelerator.num_processes,
             device=accelerator.device,
         )
-        self.checkpointer = Checkpointer(accelerator, run_dir / "checkpoints", config.checkpoint.keep_last)
+        if config.validation:
+            try_first(config.validation.sets, self.arch.descriptor.scale)
         self.state = State(accelerator, config, self.model, self.optimizer, self.negatives, self.ema, self.loader)
-        self.skipped_in_a_row = self.most_skipped = torch.zeros((), device=accelerator.device)
+        self.state.skipped_in_a_row = torch.zeros((), device=accelerator.device)
+        self.most_skipped = torch.zeros((), device=accelerator.device)
 
     def __str__(self) -> str:
         size = sum(p.numel() for p in self.validation.replica.parameters())
@@ -117,8 +123,8 @@ class Engine:
                 self.optimizer.zero_grad()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() / len(batches)
-        self.skipped_in_a_row = (self.skipped_in_a_row + skipped) * skipped
-        self.most_skipped = torch.maximum(self.most_skipped, self.skipped_in_a_row)
+        self.state.skipped_in_a_row = (self.state.skipped_in_a_row + skipped) * skipped
+        self.most_skipped = torch.maximum(self.most_skipped, self.state.skipped_in_a_row)
         if self.ema:
             self.ema.update()
         self.negatives.update(self.state.step)
@@ -129,14 +135,15 @@ class Engine:
         """Train from where the run is to its end or to a stop signal; the exit code. Collective."""
         config = self.config
         if self.state.step >= config.steps:
-            self.record.end(0, self.state.step)
+            with self.record:
+                self.record.end(0, self.state.step)
+            if self.accelerator.is_main_process:
+                print(f"{self.run_dir}: nothing is left to do, {self.state.step} of {config.steps} steps are made")
             return 0
         meter, batches = Meter(config.batch_size), iter(self.loader)
         tracker = Tracker(self.accelerator, self.run_dir, self.state.step + 1, config.steps)
         with self.record, tracker, StopRequest(self.accelerator, config.compute.timeout_s) as stop:
             tracker.message(f"{self.run_dir}: {self}; curves: tensorboard --logdir {self.run_dir.parent}")
-            if config.validation:
-                try_first(config.validation.sets, self.arch.descriptor.scale)
             exit_code = 0
             while self.state.step < config.steps and not exit_code:
                 waited = time.perf_counter()
@@ -146,14 +153,14 @@ class Engine:
                 tracker.advance()
                 exit_code = stop.agreed()
                 last = self.state.step == config.steps
+                save = last or exit_code or self.state.step % config.checkpoint.every == 0
                 if last or exit_code or self.state.step % config.tracking.log_every == 0:
                     self._log(tracker, meter)
                 if config.validation and (last or self.state.step % config.validation.every == 0):
                     best = self.validation.run(config.validation, self.state, tracker, self.record, last)
-                    if best and config.checkpoint.keep_best and not last:
-                        self.state.save(self.checkpointer)
+                    save = save or (best and config.checkpoint.keep_best)
                     meter.reset()
-                if last or exit_code or self.state.step % config.checkpoint.every == 0:
+                if save:
                     path = self.state.save(self.checkpointer)
                     meter.reset()
                     if exit_code:
@@ -166,9 +173,10 @@ class Engine:
         values, speed, wait = meter.read(self.accelerator)
         if self.most_skipped > self.config.optim.max_skipped:
             last = self.checkpointer.latest()
+            good = last if last and is_healthy(last.path) else None
             raise UserError(
                 f"the gradient was not finite in {int(self.most_skipped)} steps in a row, up to step {self.state.step} "
-                f"(more than optim.max_skipped); the last good checkpoint is {last.path if last else 'none'}. "
+                f"(more than optim.max_skipped); the last good checkpoint is {good.path if good else 'none'}. "
                 "Lower the learning rate, set optim.max_grad_norm, or look at the data"
             )
         scalars = {f"optim/{name}": values.pop(name) for name in ("grad_norm", "skipped")}
@@ -187,6 +195,13 @@ class Engine:
         tracker.scalars(self.state.step, scalars)
         tracker.status(self.state.step, values, speed, wait)
         self.record.update(step=self.state.step, images_per_s=speed)
+
+    def begin(self, start: runs.Start) -> None:
+        """Open the run directory: from now on a run is there. Collective."""
+        self.record = runs.begin(self.config, self.accelerator, start)
+        self.run_dir = start.run_dir
+        folder, keep_last = self.run_dir / "checkpoints", self.config.checkpoint.keep_last
+        self.checkpointer = Checkpointer(self.accelerator, folder, keep_last, self.record.require_owned)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint. Collective."""
@@ -212,9 +227,9 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
         raise UserError(
             f"{config.arch.name} does not train in bf16: set compute.precision to fp32 (and mixed_precision to no)"
         )
-    run_dir, checkpoint = runs.choose(accelerator, config.runs_dir, config.name, resume)
-    with runs.begin(config, accelerator, run_dir, checkpoint) as record:
-        engine = Engine(config, accelerator, run_dir, record)
-        if checkpoint:
-            engine.load(checkpoint)
+    with runs.choose(accelerator, config.runs_dir, config.name, resume) as start:
+        engine = Engine(config, accelerator)
+        if start.checkpoint:
+            engine.load(start.checkpoint)
+        engine.begin(start)
     return engine

@@ -5,7 +5,7 @@
     best, images_per_s      {"metric", "value", "checkpoint"} of the best validation; speed over the last log period
     updated                 when all this was written (UTC); a `running` run whose record grows old was killed
     config                  the file beside it that holds the resolved config of the latest start
-    starts                  one for each (re)start: time, step, reason, command and environment
+    starts                  one for each (re)start: time, step, reason, command, environment and resolved config
 
 The main process alone writes it, to a temporary file that is renamed: a reader never sees half of it. `finished` means
 that the last step was made and saved; only then is starting again with `--resume auto` of no use. Nothing heavy is
@@ -19,15 +19,20 @@ import platform
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from mcir.errors import UserError
+from mcir.section import parse_yaml
+
+if TYPE_CHECKING:
+    from mcir.train.lock import Lock
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +46,17 @@ REASONS = {
     "interrupted": "it was interrupted",
     "failed": "it had failed",
 }
+UNREADABLE: dict[str, Any] = {
+    "name": None,
+    "state": "unreadable",
+    "message": f"{FILE} is not a record of a run: restore it or remove it",
+    "step": None,
+    "steps": None,
+    "best": None,
+    "images_per_s": None,
+    "updated": None,
+    "starts": [],
+}
 PACKAGES = ("mcir", "torch", "torchvision", "accelerate", "deepspeed", "datasets", "spandrel", "numpy")
 
 
@@ -49,6 +65,7 @@ class Record:
 
     Args:
         run_dir: where; None (every process but the main one) keeps nothing.
+        lock: of the run directory: released at the end; nothing is written once another process has taken it over.
         name, steps: of the run.
         config: the resolved config as text, written beside the record.
         step: where this start begins.
@@ -59,6 +76,7 @@ class Record:
     def __init__(
         self,
         run_dir: Path | None,
+        lock: "Lock | None" = None,
         *,
         name: str,
         steps: int,
@@ -67,7 +85,7 @@ class Record:
         origin: str | None = None,
         environment: dict[str, Any] | None = None,
     ) -> None:
-        self._run_dir = run_dir
+        self._run_dir, self._lock = run_dir, lock
         if run_dir is None:
             return
         before = _earlier(run_dir / FILE)
@@ -76,6 +94,7 @@ class Record:
             reason += f": {before['message']}"
         start = {"time": _now(), "step": step, "reason": reason, "command": sys.argv}
         start["environment"] = {**_environment(), **(environment or {})}
+        start["config"] = parse_yaml(config, "config.yaml")
         self._values: dict[str, Any] = {
             "name": name,
             "state": "running",
@@ -93,7 +112,7 @@ class Record:
 
     def update(self, **values: Any) -> None:
         """Write down new values, such as `step`, `images_per_s` or `best`."""
-        if self._run_dir is not None:
+        if self._run_dir is not None and not (self._lock and self._lock.taken_over_by()):
             self._values |= values | {"updated": _now()}
             self._write(FILE, json.dumps(self._values, indent=1) + "\n")
 
@@ -101,15 +120,20 @@ class Record:
         """Write down how the run ended. `exit_code` is what `Engine.fit` returns."""
         self.update(state=STATES[exit_code], step=step)
 
+    def require_owned(self) -> None:
+        """UserError once another process has taken the run directory over."""
+        other = self._lock.taken_over_by() if self._lock else None
+        if other:
+            raise UserError(f"{other} has taken {self._run_dir} over: this process stood still for too long, and ends")
+
     def __enter__(self) -> "Record":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            self.update(state="interrupted")
-        elif error is not None:
-            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self.update(state="failed", message=text[:1000])
+        if error is not None:
+            self.update(**_ending(error))
+        if self._lock:
+            self._lock.release()
 
     def _write(self, name: str, text: str) -> None:
         assert self._run_dir is not None
@@ -119,11 +143,36 @@ class Record:
             log.warning("%s could not be written: %s", self._run_dir / name, error)
 
 
+def name_of(run_dir: Path) -> str | None:
+    """The name of the run that a directory holds, as its record says or, where that is damaged, its config; None if
+    neither does."""
+    for file in (run_dir / FILE, run_dir / "config.yaml"):
+        with suppress(OSError, ValueError, TypeError, KeyError, UserError):
+            text = file.read_text()
+            name = (json.loads(text) if file.name == FILE else parse_yaml(text, str(file)))["name"]
+            if isinstance(name, str):
+                return name
+    return None
+
+
+def has_failed(run_dir: Path) -> bool:
+    """Whether the run in a directory ended with an error, as far as its record can be read."""
+    return (_load(run_dir / FILE) or {"state": None})["state"] == "failed"
+
+
+def note_failure(run_dir: Path, error: BaseException) -> None:
+    """Write into the record of an earlier start that going on failed before training began; a finished run stays so."""
+    record = _load(run_dir / FILE)
+    if record and record["state"] != "finished":
+        with suppress(OSError):
+            _replace(run_dir / FILE, json.dumps(record | _ending(error) | {"updated": _now()}, indent=1) + "\n")
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
     """The records of the runs in a folder, or of the run that it is, by name; each with its directory as `path`.
 
     Raises:
-        UserError: there is none, or one of them is no record.
+        UserError: there is none, or none but one that is no record. Among others that one is `unreadable`.
     """
     files = [file for file in [folder / FILE, *sorted(folder.glob(f"*/{FILE}"))] if file.exists()]
     if not files:
@@ -131,9 +180,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
     records = []
     for file in files:
         record = _load(file)
-        if record is None:
+        if record is None and len(files) == 1:
             raise UserError(f"{file} is not a record of a run: restore it or remove it")
-        records.append({"path": str(file.parent), **record})
+        records.append({"path": str(file.parent), **(record or UNREADABLE)})
     return records
 
 
@@ -145,13 +194,20 @@ def table(records: list[dict[str, Any]]) -> Table:
         columns.add_row(
             Path(record["path"]).name,
             record["state"] + (f": {record['message'].splitlines()[0]}" if record["message"] else ""),
-            f"{record['step']}/{record['steps']}",
+            f"{record['step']}/{record['steps']}" if record["starts"] else "",
             f"{best['metric']} {best['value']:.4g} at {best['checkpoint']}" if best else "",
             f"{speed:.1f}" if speed is not None else "",
             str(len(record["starts"])),
-            _age(record["updated"]),
+            _age(record["updated"]) if record["updated"] else "",
         )
     return columns
+
+
+def _ending(error: BaseException) -> dict[str, Any]:
+    if isinstance(error, KeyboardInterrupt):
+        return {"state": "interrupted"}
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return {"state": "failed", "message": text[:1000]}
 
 
 def _earlier(file: Path) -> dict[str, Any]:

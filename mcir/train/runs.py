@@ -1,8 +1,16 @@
 """Run directories: which one a run writes to, which checkpoint it starts from, and its record. Nothing that was
-trained is overwritten."""
+trained is overwritten.
+
+A directory is a run's if its record says so, whatever it is called: `exp-2` may be the second start of `exp` or another
+experiment. It appears when training begins, and has one writer at a time (lock.py).
+"""
 
 import platform
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from accelerate import Accelerator
@@ -11,45 +19,82 @@ from accelerate.utils import broadcast_object_list, gather_object
 from mcir.config import RunConfig, dump
 from mcir.errors import UserError
 from mcir.parallel.accelerator import precision_of, strategy
-from mcir.train.checkpoint import Checkpoint, Checkpointer, damage
-from mcir.train.record import Record, hostname
+from mcir.train import lock
+from mcir.train.checkpoint import Checkpoint, damage, newest
+from mcir.train.lock import Lock
+from mcir.train.record import FILE, Record, has_failed, hostname, name_of, note_failure
 
 
-def choose(accelerator: Accelerator, runs_dir: str, name: str, resume: str) -> tuple[Path, Checkpoint | None]:
-    """The run directory and the checkpoint to start from, if any; the same on all ranks. Collective.
+@dataclass
+class Start:
+    """Where a run will write and what it starts from, the same on all ranks. Until `begin` nothing is written.
 
-    `resume`: `never` takes a directory that does not exist yet (name, name-2, ...); `auto` goes on in the last of them;
-    the path of a run goes on there; the path of a checkpoint starts a new run directory from it.
+    As a context it ends, if anything fails before training begins, what `choose` began: the lock is released, and a run
+    that is there already has the reason in its record.
     """
-    chosen: list[str | None] = [None, None]
+
+    resume: str
+    run_dir: Path
+    is_new: bool
+    """Whether `begin` makes the directory."""
+    checkpoint: Checkpoint | None = None
+    lock: Lock | None = None
+    """The main process's, of a directory that is there."""
+
+    def __enter__(self) -> "Start":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None and self.lock is not None:
+            note_failure(self.run_dir, error)
+            self.lock.release()
+
+
+def choose(accelerator: Accelerator, runs_dir: str, name: str, resume: str) -> Start:
+    """The run directory and the checkpoint to start from, if any. Collective.
+
+    `resume`: `never` takes a directory that does not exist yet (name, name-2, ...); `auto` goes on with the newest
+    whole checkpoint of the run; the path of a run goes on there; that of a checkpoint starts a new directory from it.
+    UserError: a live process writes there, a path that is neither, a run of another name.
+    """
+    start = Start(resume, Path(runs_dir) / name, is_new=True)
+    checkpoint = None
     if accelerator.is_main_process:
-        directory, checkpoint = _choose(Path(runs_dir) / name, resume)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"the run directory {directory} cannot be made ({error.strerror}): change runs_dir"
-            ) from None
-        chosen = [str(directory), str(checkpoint) if checkpoint else None]
-    broadcast_object_list(chosen)
-    assert chosen[0] is not None
-    run_dir = Path(chosen[0])
-    if chosen[1]:
-        return run_dir, Checkpoint(Path(chosen[1]))
-    return run_dir, None if resume == "never" else Checkpointer(accelerator, run_dir / "checkpoints").latest()
+        start.run_dir, checkpoint = _choose(start.run_dir, resume)
+        start.is_new = not start.run_dir.exists()
+        if not start.is_new:
+            start.lock = lock.acquire(start.run_dir)
+    told = [str(start.run_dir), start.is_new, str(checkpoint) if checkpoint else None]
+    broadcast_object_list(told)
+    start.run_dir, start.is_new = Path(str(told[0])), bool(told[1])
+    start.checkpoint = Checkpoint(Path(str(told[2]))) if told[2] else None
+    return start
 
 
-def begin(config: RunConfig, accelerator: Accelerator, run_dir: Path, checkpoint: Checkpoint | None) -> Record:
-    """Write down in the run directory that a run starts there. Collective."""
+def begin(config: RunConfig, accelerator: Accelerator, start: Start) -> Record:
+    """Write down in the run directory, made if it is new, that training begins there. Collective."""
+    if accelerator.is_main_process and start.is_new:
+        names = [start.run_dir] if start.resume == "auto" else _names(Path(config.runs_dir) / config.name)
+        start.run_dir = _make(names)
+        start.lock = lock.acquire(start.run_dir)
+    told = [str(start.run_dir)]
+    broadcast_object_list(told)
+    run_dir = start.run_dir = Path(told[0])
+    checkpoint = start.checkpoint
+    step = checkpoint.state["step"] if checkpoint else 0
+    if accelerator.is_main_process and start.resume != "never":
+        origin = f"goes on from {checkpoint.path}" if checkpoint else f"no checkpoint of {config.name} is there, begins"
+        print(f"{run_dir}: {origin}, step {step} of {config.steps}", flush=True)
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or device.type
     places = gather_object([{"host": hostname(), "device": name}])
     return Record(
         run_dir if accelerator.is_main_process else None,
+        start.lock,
         name=config.name,
         steps=config.steps,
         config=dump(config),
-        step=checkpoint.state["step"] if checkpoint else 0,
+        step=step,
         origin=str(checkpoint.path) if checkpoint and run_dir not in checkpoint.path.parents else None,
         environment={
             "strategy": strategy(accelerator),
@@ -61,26 +106,81 @@ def begin(config: RunConfig, accelerator: Accelerator, run_dir: Path, checkpoint
 
 
 def _choose(base: Path, resume: str) -> tuple[Path, Path | None]:
-    taken = [path for path in _numbered(base) if path.exists()]
     if resume == "never":
-        return next(path for path in _numbered(base, forever=True) if not path.exists()), None
+        return _free(base), None
     if resume == "auto":
-        return (taken[-1] if taken else base), None
+        return _newest_start(base)
     path = Path(resume)
-    if (path / "checkpoints").is_dir():
-        return path, None
+    if (path / "checkpoints").is_dir() or (path / FILE).exists():
+        name = name_of(path)
+        if name not in (base.name, None):
+            raise UserError(
+                f"--resume {resume}: that is a run of {name}, and this config's name is {base.name}: set name={name} "
+                "to go on there, or give one of its checkpoints to begin a run of its own from it"
+            )
+        return path, newest(path / "checkpoints")
     if not (path / "manifest.json").exists():
         raise UserError(f"--resume {resume}: neither a run directory nor a checkpoint (nor `auto` or `never`)")
     fault = damage(path)
     if fault:
         raise UserError(f"--resume {resume}: the checkpoint is damaged ({fault}); use another one or --resume auto")
-    return next(path for path in _numbered(base, forever=True) if not path.exists()), path
+    return _free(base), path
 
 
-def _numbered(base: Path, forever: bool = False):
-    """base, base-2, base-3, ... ; unless `forever`, up to the first that does not exist."""
-    path, number = base, 1
-    while forever or path.exists():
-        yield path
+def _newest_start(base: Path) -> tuple[Path, Path | None]:
+    """The last start of this run and its newest checkpoint, if any; one that failed before its first is passed over for
+    one before. A new directory where there is none."""
+    starts = []
+    for path in _numbered(base):
+        name = name_of(path)
+        if name == base.name:
+            starts.append(path)
+        elif name is None and next((path / "checkpoints").glob("step-*"), None):
+            raise UserError(
+                f"{path} has checkpoints, but neither its run.json nor its config.yaml says of which run: give "
+                f"--resume {path}, or move it away"
+            )
+    for i, path in reversed(list(enumerate(starts))):
+        checkpoint = newest(path / "checkpoints")
+        if checkpoint is not None or not has_failed(path):
+            for later in starts[i + 1 :]:
+                lock.require_free(later)
+                print(f"{later} failed before its first checkpoint: passed over", flush=True)
+            return path, checkpoint
+    return (starts[-1] if starts else _free(base)), None
+
+
+def _numbered(base: Path) -> list[Path]:
+    """Those of base, base-2, base-3, ... that exist, in this order."""
+    pattern = re.compile(re.escape(base.name) + r"(?:-([1-9]\d*))?")
+    matches = [(path, pattern.fullmatch(path.name)) for path in base.parent.glob("*") if path.is_dir()]
+    return [path for _, path in sorted((int(match[1] or 1), path) for path, match in matches if match)]
+
+
+def _free(base: Path) -> Path:
+    return next(path for path in _names(base) if not path.exists())
+
+
+def _make(names: Iterable[Path]) -> Path:
+    """Make the first directory that is not there; other starts may be making theirs."""
+    for path in names:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:
+            taken = path
+        except OSError as error:
+            raise UserError(f"the run directory {path} cannot be made ({error.strerror}): change runs_dir") from None
+        else:
+            return path
+    lock.require_free(taken)
+    raise UserError(f"{taken} appeared while this run was starting: start it again")
+
+
+def _names(base: Path) -> Iterator[Path]:
+    """base, base-2, base-3, ... without an end."""
+    yield base
+    number = 2
+    while True:
+        yield base.with_name(f"{base.name}-{number}")
         number += 1
-        path = base.with_name(f"{base.name}-{number}")

@@ -34,6 +34,8 @@ class State:
     loader: Loader
     step: int = 0
     """Optimizer steps made."""
+    skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Steps up to this one that were skipped because the gradient was not finite; on the device, equal on all ranks."""
     best: tuple[float, str] | None = None
     """Value of the deciding metric, and the checkpoint that reached it."""
     measured: dict[str, float] = field(default_factory=dict)
@@ -58,8 +60,11 @@ class State:
             if i % world_size == rank:
                 mine[key] = to_cpu(tensor)
         files[f"optimizer-{rank:05d}-of-{world_size:05d}.safetensors"] = mine
+        skipped_in_a_row = int(self.skipped_in_a_row)
         state = {
             "step": self.step,
+            "skipped_in_a_row": skipped_in_a_row,
+            "healthy": not skipped_in_a_row and all(bool(t.isfinite().all()) for t in model.values()),
             "position": self.loader.position,
             "order": self.loader.order,
             "best": self.best,
@@ -97,6 +102,7 @@ class State:
             self.negatives.nets.load_state_dict({key: negatives(key) for key in self.negatives.nets.state_dict()})
         self.step, self.loader.position, self.loader.order = state["step"], state["position"], state["order"]
         self.loader.num_skipped = state["num_skipped"] if self.accelerator.is_main_process else 0
+        self.skipped_in_a_row.fill_(state.get("skipped_in_a_row", 0))
         self.best = tuple(state["best"]) if state["best"] else None
 
     def num_skipped(self) -> int:

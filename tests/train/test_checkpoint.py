@@ -1,26 +1,30 @@
+import json
 import logging
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from mcir.config import load, validate
 from mcir.errors import UserError
-from mcir.train.checkpoint import Checkpointer, damage
+from mcir.train.checkpoint import Checkpointer, damage, is_healthy, newest
 from mcir.train.engine import build_engine
 from tests.runs import tiny_config
+from tests.train.dying import killed_at_each_call
 
 
 def checkpointer(folder, keep_last=3):
     return Checkpointer(Accelerator(cpu=True), folder, keep_last)
 
 
-def save(made, step, value=1.0):
-    return made.save(
-        step, {"model.safetensors": {"w": torch.full((100,), value)}}, {"state.json": "{}"}, {"arch": "{}"}
-    )
+def save(made, step, value=1.0, healthy=True):
+    texts = {"state.json": json.dumps({"step": step, "healthy": healthy})}
+    return made.save(step, {"model.safetensors": {"w": torch.full((100,), value)}}, texts, {"arch": "{}"})
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "manifest"])
@@ -58,6 +62,75 @@ def test_pruning_keeps_the_last_ones_and_the_best(tmp_path):
     paths = [save(made, step) for step in range(1, 6)]
     made.prune(keep=paths[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_a_damaged_checkpoint_pushes_out_no_good_one(tmp_path):
+    made = checkpointer(tmp_path, keep_last=1)
+    save(made, 1)
+    (save(made, 5) / "model.safetensors").write_bytes(b"")
+    save(made, 2)
+    made.prune(keep=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_checkpoints_of_sick_weights_push_out_no_healthy_one(tmp_path):
+    made = checkpointer(tmp_path, keep_last=1)
+    for step, healthy in ((1, True), (2, False), (3, False)):
+        save(made, step, healthy=healthy)
+        made.prune(keep=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+    latest = made.latest()
+    assert latest is not None
+    assert latest.path.name == "step-00000001"
+    save(made, 4)
+    made.prune(keep=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+SITUATIONS = {
+    "the first": [],
+    "the next": [(1, True, False)],
+    "the same step once more": [(2, True, False)],
+    "after a damaged one": [(1, True, False), (2, True, True)],
+    "before a damaged one": [(1, True, False), (3, True, True)],
+    "after sick ones": [(1, True, False), (2, False, False)],
+}
+
+
+@pytest.mark.parametrize("changing", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_killed_at_any_system_call_of_a_save_it_leaves_a_whole_healthy_checkpoint(tmp_path, situation, changing):
+    made = checkpointer(tmp_path / "now", keep_last=1)
+    before = checkpointer(tmp_path / "before")
+    for step, healthy, damaged in SITUATIONS[situation]:
+        path = save(before, step, 1.0, healthy)
+        if damaged:
+            (path / "model.safetensors").write_bytes(b"")
+    before.folder.mkdir(exist_ok=True)
+
+    def restore():
+        shutil.rmtree(made.folder, ignore_errors=True)
+        shutil.copytree(before.folder, made.folder)
+
+    def work():
+        save(made, 2, 2.0)
+        made.prune(keep=None)
+
+    found = []
+    try:
+        for _ in killed_at_each_call(restore, work, changing):
+            path = newest(made.folder)
+            found.append(path and (path.name, float(load_file(path / "model.safetensors")["w"][0]), is_healthy(path)))
+    except OSError as error:
+        pytest.skip(f"no ptrace here: {error}")
+    first = (newest(before.folder) or Path("none")).name
+    old = [(first, 1.0, True), (first + ".old", 1.0, True)] if SITUATIONS[situation] else [None]
+    new = [("step-00000002", 2.0, True)]
+    changed = found.index(new[0])
+    assert (15 if changing else 100) < changed < len(found) - 1
+    assert set(found[:changed]) <= set(old)
+    assert set(found[changed:]) == set(new)
+    assert [path.name for path in made.folder.iterdir()] == ["step-00000002"]
 
 
 def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path):

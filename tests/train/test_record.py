@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from mcir.config import load, validate
 from mcir.errors import UserError
 from mcir.train.engine import build_engine
-from mcir.train.record import Record, read
+from mcir.train.record import Record, read, table
 from tests.distributed.launch import ROOT, environment, run, write_config
 from tests.runs import tiny_config
 
@@ -137,6 +138,15 @@ def test_what_is_no_run_is_said(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match="not a record"):
         read(tmp_path)
+
+
+def test_one_corrupt_record_hides_no_other(tmp_path, capsys):
+    keep(tmp_path, "a")
+    keep(tmp_path, "b").end(0, 100)
+    (tmp_path / "a" / "run.json").write_text('{"state":')
+    assert [record["state"] for record in read(tmp_path)] == ["unreadable", "finished"]
+    Console(width=160).print(table(read(tmp_path)))
+    assert "unreadable: run.json is not a record of a run" in capsys.readouterr().out
 
 
 def test_a_broken_record_does_not_keep_the_run_from_going_on(tmp_path):
