@@ -1,8 +1,8 @@
 """Whole tensors out of sharded networks and back: the only file that knows how each strategy lays tensors out.
 
 A tensor is whole in a plain or DDP network, a DTensor under FSDP2, and spread over flat fp32 partitions under ZeRO. The
-functions below give and take it whole, fp32, one at a time, the same on every rank, so that negatives, checkpoints and
-exports are written once for every strategy and any number of processes. All of them are collective.
+functions below give and take it whole, fp32, a bucket at a time (gather.py), the same on every rank, so that negatives,
+checkpoints and exports are written once for every strategy and any number of processes. All of them are collective.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from typing_extensions import TypeIs
+
+from mcir.parallel.gather import Fragment, Piece, Slot, gathered
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -50,8 +52,7 @@ def full_params(accelerator: Accelerator, model: nn.Module) -> Iterator[tuple[st
     Parameters come in fp32: the master weights under ZeRO. Do not keep the tensors: they may be views of the network's.
     """
     net = unwrapped(accelerator, model)
-    for name, parameter in net.named_parameters():
-        yield name, _whole(accelerator, parameter).float()
+    yield from gathered((name, _piece(accelerator, parameter)) for name, parameter in net.named_parameters())
     persistent = _persistent_buffers(net)
     if is_zero(accelerator) or accelerator.num_processes > 1:
         persistent = {name: buffer.clone() for name, buffer in persistent.items()}
@@ -88,23 +89,7 @@ def full_moments(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, Tensor]]:
     """(`name/exp_avg`, whole fp32 tensor) and (`name/step`, fp32 scalar) for each parameter that has been trained."""
-    inner = _zero_optimizer(optimizer).optimizer if is_zero(accelerator) else optimizer
-    for name, parameter in unwrapped(accelerator, model).named_parameters():
-        if is_zero(accelerator):
-            if not parameter.requires_grad or not inner.state:
-                continue
-            from deepspeed.utils import safe_get_full_optimizer_state
-
-            for key in MOMENTS:
-                yield f"{name}/{key}", safe_get_full_optimizer_state(parameter, key)
-            state = next(iter(inner.state.values()))
-        else:
-            state = inner.state.get(parameter, {})
-            for key in MOMENTS:
-                if key in state:
-                    yield f"{name}/{key}", _whole(accelerator, state[key]).float()
-        if "step" in state:
-            yield f"{name}/step", _whole(accelerator, torch.as_tensor(state["step"])).float().reshape(())
+    yield from gathered(_moments(accelerator, model, optimizer))
 
 
 @torch.no_grad()
@@ -141,15 +126,56 @@ def _persistent_buffers(net: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
-def _whole(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    if is_zero(accelerator) and isinstance(tensor, nn.Parameter):
-        if not tensor.requires_grad:
-            return _zero_frozen(tensor)
-        from deepspeed.utils import safe_get_full_fp32_param
+def _moments(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, Piece]]:
+    inner = _zero_optimizer(optimizer).optimizer if is_zero(accelerator) else optimizer
+    for name, parameter in unwrapped(accelerator, model).named_parameters():
+        if is_zero(accelerator):
+            if not parameter.requires_grad or not inner.state:
+                continue
+            for key in MOMENTS:
+                yield f"{name}/{key}", _zero_piece(parameter, key)
+            state = next(iter(inner.state.values()))
+        else:
+            state = inner.state.get(parameter, {})
+            for key in MOMENTS:
+                if key in state:
+                    yield f"{name}/{key}", _piece(accelerator, state[key])
+        if "step" in state:
+            step = torch.as_tensor(state["step"])
+            yield f"{name}/step", (step.full_tensor() if is_sharded(step) else step).float().reshape(())
 
-        return safe_get_full_fp32_param(tensor)
-    # Uneven shards are why this is full_tensor() and nothing of our own: only the DTensor knows its global shape.
-    return tensor.full_tensor() if is_sharded(tensor) else tensor.detach()
+
+def _piece(accelerator: Accelerator, tensor: Tensor) -> Piece:
+    """What this rank holds of a parameter, or of a moment that is not ZeRO's."""
+    if is_zero(accelerator):
+        return _zero_piece(tensor) if tensor.requires_grad else _zero_frozen(tensor)
+    if not is_sharded(tensor):
+        return tensor.detach()
+    shards = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard(0)]
+    if len(shards) != 1 or not all(p.is_replicate() for i, p in enumerate(tensor.placements) if i not in shards):
+        return tensor.full_tensor()
+    group = tensor.device_mesh.get_group(shards[0])
+    rows = -(-tensor.shape[0] // group.size())  # as torch.chunk: the last rank that holds any may hold fewer
+    return Slot(tensor.to_local().detach().flatten(), rows * tensor.shape[1:].numel(), tensor.shape, group)
+
+
+def _zero_piece(parameter: Tensor, moment: str | None = None) -> Piece:
+    """This rank's piece of a trained parameter's fp32 master, or of a moment."""
+    if hasattr(parameter, "ds_id"):
+        from deepspeed import utils as pieces
+
+        local = (
+            pieces.safe_get_local_fp32_param(parameter)
+            if moment is None
+            else pieces.safe_get_local_optimizer_state(parameter, moment)
+        )
+        return Slot(local.detach().flatten(), parameter.ds_tensor.numel(), parameter.ds_shape)  # type: ignore[attr-defined]
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:  # all of it is on other ranks
+        return Fragment(parameter.new_zeros(0, dtype=torch.float32), 0, parameter.shape)
+    return Fragment(mapping.get_hp_fragment(moment).detach(), mapping.lp_fragment_address.start, parameter.shape)
 
 
 def _assign(destination: Tensor, value: Tensor) -> None:
@@ -164,7 +190,7 @@ def _zero_optimizer(optimizer: torch.optim.Optimizer):
     return getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's wrapper
 
 
-def _zero_frozen(parameter: nn.Parameter) -> Tensor:
+def _zero_frozen(parameter: Tensor) -> Tensor:
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
     import deepspeed
