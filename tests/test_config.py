@@ -7,7 +7,9 @@ from mcir.config import RunConfig, dump, load, validate
 from mcir.errors import UserError
 from tests.runs import tiny_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
+OVERLAYS = ("contrasts", "arms")
+"""Folders of files that are merged over a config, and are none by themselves."""
+CONFIGS = sorted(p for p in (Path(__file__).parents[1] / "configs").glob("**/*.yaml") if p.parent.name not in OVERLAYS)
 
 
 def mistakes(values) -> str:
