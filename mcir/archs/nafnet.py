@@ -6,55 +6,12 @@ so on larger images it should average over windows of about that size, not over 
 and no key, and nothing at all up to a side of `tlc_size`; the published recipes have it on in training too.
 """
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
-import torch
-import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from mcir.archs.base import Arch, Descriptor
-
-if TYPE_CHECKING:
-    from spandrel.architectures.NAFNet import NAFNet
-
-
-def _box_mean(x: Tensor, size: int, dim: int) -> Tensor:
-    """Means of all runs of `size` along `dim`, from one running sum whatever the size."""
-    sums = torch.cat([torch.zeros_like(x.narrow(dim, 0, 1)), x.cumsum(dim)], dim)
-    num = x.shape[dim] - size + 1
-    return (sums.narrow(dim, size, num) - sums.narrow(dim, 0, num)) / size
-
-
-class LocalAverage(nn.Module):
-    """The mean of a window around each position; windows are moved inside at the borders. Replaces a global pooling.
-
-    (B, C, H, W) -> same, or (B, C, 1, 1) when the window covers the map.
-    """
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        if height <= self.size and width <= self.size:
-            return x.mean((2, 3), keepdim=True)
-        rows, cols = min(self.size, height), min(self.size, width)
-        mean = _box_mean(_box_mean(x.float(), rows, dim=2), cols, dim=3)  # in bf16 the running sums would be useless
-        border = (cols - 1) // 2, cols // 2, (rows - 1) // 2, rows // 2
-        return F.pad(mean, border, mode="replicate").to(x.dtype)
-
-
-def localise(net: "NAFNet", size: int) -> None:
-    """Replace every global pooling by a local one over `size` pixels of the input image."""
-    for blocks, scale in (
-        *((encoder, level) for level, encoder in enumerate(net.encoders)),
-        (net.middle_blks, len(net.encoders)),
-        *((decoder, level) for level, decoder in zip(reversed(range(len(net.decoders))), net.decoders, strict=True)),
-    ):
-        for block in blocks:
-            block.sca[0] = LocalAverage(max(size >> scale, 1))
 
 
 class Nafnet(Arch):
@@ -82,7 +39,7 @@ class Nafnet(Arch):
         return Descriptor(blocks=("NAFBlock",), channels_last=True)
 
     def build(self) -> nn.Module:
-        from spandrel.architectures.NAFNet import NAFNet  # imports torchvision, which takes as long as torch
+        from mcir.archs.nafnet_network import NAFNet, localise
 
         net = NAFNet(
             img_channel=3,

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from mcir.archs import build
-from mcir.archs.nafnet import LocalAverage
+from mcir.archs.nafnet_network import LocalAverage
 from tests.archs.golden_weights import assert_equal_to_official
 
 

@@ -1,0 +1,24 @@
+import pytest
+import torch
+
+from mcir.archs.attention import attend_fused, attend_plainly
+
+
+@pytest.mark.parametrize("attend", [attend_plainly, attend_fused])
+@pytest.mark.parametrize("windows", [3, 1])
+def test_equals_the_formula_in_value_and_gradients(attend, windows):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 4, 9, 5, dtype=torch.double) for _ in range(3))  # (B, windows, heads, N, D)
+    bias = torch.randn(windows, 4, 9, 9, dtype=torch.double)
+    if windows > 1:
+        bias[1, :, :4, 5:] = -100  # a mask
+    inputs = [t.float().requires_grad_() for t in (q, k, v, bias)]
+    reference = [t.requires_grad_() for t in (q, k, v, bias)]
+    expected = ((q @ k.mT) * 5**-0.5 + bias).softmax(-1) @ v
+    out = attend(*inputs)
+    gradient = torch.randn_like(expected)
+    expected.backward(gradient)
+    out.backward(gradient.float())
+    assert torch.allclose(out.double(), expected, atol=1e-6)
+    for ours, exact in zip(inputs, reference, strict=True):
+        assert torch.allclose(ours.grad.double(), exact.grad, atol=1e-5)
