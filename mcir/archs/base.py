@@ -4,8 +4,9 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,6 +66,18 @@ def checkpoint_activations(net: nn.Module, descriptor: Descriptor) -> None:
     """Have the repeated blocks computed again in the backward pass; names, weights and results stay the same."""
     for block in blocks_of(net, descriptor):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def convolve_in_channels_last(net: nn.Module) -> None:
+    """Have every 2-D convolution computed in NHWC while its weights stay in the default layout, which FSDP2 and ZeRO
+    need of what they shard: torch chooses the kernels by the input, and lays the small weights out at each use."""
+
+    def lay_out(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:]
+
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            module.register_forward_pre_hook(lay_out)
 
 
 def under(name: str, module: nn.Module) -> nn.Module:

@@ -38,6 +38,11 @@ def is_zero(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
+def cuts_weights(accelerator: Accelerator) -> bool:
+    """Whether the strategy keeps weights in pieces, for which they must be contiguous."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
 def broadcast_from_first(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
     """Overwrite `tensors` with rank 0's, in place."""
     if accelerator.num_processes > 1:

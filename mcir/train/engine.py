@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from mcir.archs.base import blocks_of, checkpoint_activations
+from mcir.archs.base import blocks_of, checkpoint_activations, convolve_in_channels_last
 from mcir.config import RunConfig
 from mcir.data.loader import Batch, Loader
 from mcir.errors import UserError
@@ -20,6 +20,7 @@ from mcir.evaluation.evaluate import try_first
 from mcir.objective.negatives import Negatives
 from mcir.objective.objective import Objective
 from mcir.parallel.accelerator import autocast, build_accelerator, clip_and_guard, precision_of, strategy
+from mcir.parallel.shards import cuts_weights
 from mcir.train import runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer, is_healthy
 from mcir.train.ema import EMA
@@ -53,16 +54,22 @@ class Engine:
         channels_last = config.compute.channels_last
         if channels_last is None:
             channels_last = self.arch.descriptor.channels_last and accelerator.device.type == "cuda"
-        if channels_last:
-            net = net.to(memory_format=torch.channels_last)
         contrast = config.objective.contrast
         self.negatives = Negatives(net, contrast.negatives if contrast else (), init=self.arch.build)
+        self.validation = Validation(net)
+        if channels_last:
+            whole = [self.negatives.nets, self.validation.replica]
+            if cuts_weights(accelerator):
+                convolve_in_channels_last(net)
+            else:
+                whole.append(net)
+            for module in whole:
+                module.to(memory_format=torch.channels_last)
         self.objective = Objective(config.objective).to(accelerator.device)
         if accelerator.is_main_process and contrast and contrast.features.weights == "random":
             log.warning(
                 "the features have random weights (seeded He initialisation): these are not the network's numbers"
             )
-        self.validation = Validation(net)
         optimizer = config.optim.optimizer.build(net.parameters())
         if config.compute.checkpoint_activations:
             checkpoint_activations(net, self.arch.descriptor)

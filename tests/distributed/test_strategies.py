@@ -3,6 +3,8 @@ negatives."""
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,14 +31,23 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+Trained = Callable[..., Path]
+
+
 @pytest.fixture(scope="module")
-def runs(folder) -> dict[str, Path]:
-    """Run directories of 20 steps with three negatives, by strategy."""
-    for name in ["single", *STRATEGIES]:
+def trained(folder) -> Trained:
+    """The run directory of 20 steps with three negatives under a strategy, trained when it is first asked for."""
+
+    @cache
+    def train(name: str, channels_last: bool = False) -> Path:
+        run_name = f"{name}-nhwc" if channels_last else name
+        layout = f"compute.channels_last={str(channels_last).lower()}"
         launch_file = name if name == "single" else f"{name}_cpu"
-        process = run(launch_file, "train", str(folder / "config.yaml"), f"name={name}")
+        process = run(launch_file, "train", str(folder / "config.yaml"), f"name={run_name}", layout)
         assert process.returncode == 0, process.stdout
-    return {name: folder / "runs" / name for name in ["single", *STRATEGIES]}
+        return folder / "runs" / run_name
+
+    return train
 
 
 def losses(run_dir: Path, tag: str) -> list[float]:
@@ -56,8 +67,18 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
         assert torch.allclose(value, b[key], rtol=1e-5, atol=1e-5), (key, (value - b[key]).abs().max())
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_every_strategy_trains_what_one_process_trains(runs, name):
+def layouts(default: Sequence[str], nhwc: Sequence[str]) -> list:
+    """Each strategy in torch's default layout and in NHWC; those that are not named are left to the slow tests."""
+    return [
+        pytest.param(name, channels_last, id=f"{name}{suffix}", marks=() if name in fast else pytest.mark.slow)
+        for channels_last, suffix, fast in ((False, "", default), (True, "-nhwc", nhwc))
+        for name in STRATEGIES
+    ]
+
+
+@pytest.mark.parametrize(("name", "channels_last"), layouts(STRATEGIES, ["fsdp2", "zero3"]))
+def test_every_strategy_trains_what_one_process_trains(trained, name, channels_last):
+    runs = {"single": trained("single"), name: trained(name, channels_last)}
     for tag in ("loss/total", "loss/reconstruction", "loss/contrast"):
         single, sharded = losses(runs["single"], tag), losses(runs[name], tag)
         assert len(single) == 20
@@ -81,14 +102,15 @@ def test_bf16_is_autocast_over_the_same_fp32_weights(folder, name):
     assert max(abs(a - b) for a, b in zip(exact, rounded, strict=True)) < 2e-3
 
 
-@pytest.mark.parametrize("name", SHARDED)
-def test_resuming_is_exact_to_the_bit(folder, runs, name):
-    middle = str(runs[name] / "checkpoints" / MIDDLE)
-    arguments = ("train", str(folder / "config.yaml"), f"name=resumed-{name}", "--resume", middle)
-    process = run(f"{name}_cpu", *arguments)
+@pytest.mark.parametrize(("name", "channels_last"), layouts(["fsdp2", "zero3"], ["fsdp2"]))
+def test_resuming_is_exact_to_the_bit(folder, trained, name, channels_last):
+    run_dir = trained(name, channels_last)
+    layout = f"compute.channels_last={str(channels_last).lower()}"
+    arguments = ("train", str(folder / "config.yaml"), f"name=resumed-{run_dir.name}", layout)
+    process = run(f"{name}_cpu", *arguments, "--resume", str(run_dir / "checkpoints" / MIDDLE))
     assert process.returncode == 0, process.stdout
-    whole = tensors(runs[name] / "checkpoints" / LAST)
-    resumed = tensors(folder / "runs" / f"resumed-{name}" / "checkpoints" / LAST)
+    whole = tensors(run_dir / "checkpoints" / LAST)
+    resumed = tensors(folder / "runs" / f"resumed-{run_dir.name}" / "checkpoints" / LAST)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
 
@@ -103,16 +125,16 @@ def test_resuming_is_exact_to_the_bit(folder, runs, name):
         pytest.param("ddp", "fsdp2", 2, marks=pytest.mark.slow),
     ],
 )
-def test_any_strategy_goes_on_from_any_other(folder, runs, written_by, read_by, num_processes):
+def test_any_strategy_goes_on_from_any_other(folder, trained, written_by, read_by, num_processes):
     """Weights, moments, EMA, negatives and data position pass from one strategy and process count to another."""
-    middle = str(runs[written_by] / "checkpoints" / MIDDLE)
+    middle = str(trained(written_by) / "checkpoints" / MIDDLE)
     name = f"{written_by}-to-{read_by}-{num_processes}"
     launch_file = read_by if read_by == "single" else f"{read_by}_cpu"
     arguments = ("train", str(folder / "config.yaml"), f"name={name}", "--resume", middle)
     process = run(launch_file, *arguments, num_processes=num_processes)
     assert process.returncode == 0, process.stdout
     got = tensors(folder / "runs" / name / "checkpoints" / LAST)
-    assert_close(tensors(runs["single"] / "checkpoints" / LAST), got)
+    assert_close(tensors(trained("single") / "checkpoints" / LAST), got)
 
 
 @pytest.mark.parametrize("name", SHARDED)

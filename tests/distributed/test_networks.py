@@ -1,0 +1,54 @@
+"""Each of our networks and one of spandrel's, sharded, in the layout that a GPU takes by default."""
+
+import json
+import math
+
+import pytest
+
+from mcir.archs import parse
+from tests.archs.test_training import OWN, ZOO
+from tests.distributed.launch import ROOT, run, write_config
+from tests.runs import tiny_config, write_dataset
+
+NETWORKS = OWN | {"compact": ({"name": "zoo", "architecture": "Compact", "parameters": ZOO["Compact"][0]}, 16)}
+
+
+QUICK = ("edsr", "swinir", "nafnet", "compact")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "names"),
+    [
+        ("fsdp2", QUICK),
+        pytest.param("fsdp2", sorted(NETWORKS.keys() - set(QUICK)), marks=pytest.mark.slow),
+        pytest.param("zero2", sorted(NETWORKS), marks=pytest.mark.slow),
+        pytest.param("zero3", sorted(NETWORKS), marks=pytest.mark.slow),
+    ],
+)
+def test_networks_train_sharded_in_channels_last(tmp_path, strategy, names):
+    configs = []
+    for name in names:
+        arch, size = NETWORKS[name]
+        folder = tmp_path / name
+        scale = parse(arch).descriptor.scale
+        data = write_dataset(folder / "pairs", num_rows=4, num_shards=1, side=size * scale, scale=scale)
+        values = tiny_config(folder, name=name, arch=arch, steps=2, batch_size=2, compute={"channels_last": True})
+        values["data"] |= {"train": [{"source": {"format": "parquet", "path": str(data)}}], "crop_size": size * scale}
+        values["objective"]["spn"]["negatives"] = [{"update_every": 1, "decay": 0.5, "start": 0.1}]
+        configs.append(str(write_config(tmp_path / f"{name}.yaml", values)))
+    script = str(ROOT / "tests" / "distributed" / "train_networks.py")
+    process = run(f"{strategy}_cpu", str(tmp_path), *configs, script=script)
+    assert process.returncode == 0, process.stdout
+    for name in names:
+        first, second = (json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2))
+        assert first["strategy"] == strategy
+        for parts in first["parts"]:
+            assert all(math.isfinite(value) for value in parts.values()), name
+            assert parts["skipped"] == 0, name
+            assert parts["spn"] > 0, name
+        assert len(first["still"]) < 5, name  # FFA-Net's small attentions have ReLUs that are shut
+        assert first["checksums"][0] == first["checksums"][1], name
+        assert first["resumed"], name
+        assert second["resumed"], name
+        assert first["exported"], name
+        assert "False" in first["layouts"], name  # NHWC: the negatives are whole
