@@ -40,16 +40,19 @@ PARTS = {
     "update": "update of the negatives that are due",
     "other": "EMA and the rest",
 }
-PEAKS = {  # TFLOP/s of dense tensor cores in bf16 and TF32, from NVIDIA's data sheets
-    "H100 PCIe": (756, 378),
-    "H100": (989, 494),
-    "H200": (989, 494),
-    "A100": (312, 156),
-    "L40S": (362, 183),
-    "A10": (125, 62.5),
-    "RTX 4090": (165, 82.6),
-    "RTX 3090": (71, 35.6),
+PEAKS = {  # dense TFLOP/s in bf16 (and fp16), in TF32 and, without tensor cores, in fp32, from NVIDIA's data sheets
+    "H100 PCIe": (756, 378, 51),
+    "H100": (989, 494, 67),
+    "H200": (989, 494, 67),
+    "A100": (312, 156, 19.5),
+    "L40S": (362, 183, 91.6),
+    "A10": (125, 62.5, 31.2),
+    "RTX 4090": (165, 82.6, 82.6),
+    "RTX 3090": (71, 35.6, 35.6),
+    "V100": (125, None, 15.7),
+    "T4": (65, None, 8.1),
 }
+PEAK_OF = {"bf16": 0, "fp16": 0, "tf32": 1, "fp32": 2}
 
 
 class Stopwatch:
@@ -129,8 +132,9 @@ class Reference:
         self.optimizer = kind(self.net.parameters(), lr=1e-6)
 
     def step(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # torch's default
+        precision = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")  # torch's defaults
+        torch.backends.cudnn.allow_tf32 = True
         mean = torch.zeros((), device=batches[0].clean.device)
         for batch in batches:
             restored = self.net(batch.degraded)
@@ -144,7 +148,8 @@ class Reference:
             mean += total.detach() / len(batches)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(precision[0])
+        torch.backends.cudnn.allow_tf32 = precision[1]
         return {"total": mean}
 
     def _observe(self, image: Tensor) -> list[Tensor]:
@@ -216,7 +221,7 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
         "negatives": len(engine.negatives.nets),
         "batch_size": config.batch_size,
         "crop_size": config.data.crop_size,
-        "precision": precision_of(engine.accelerator).replace("no", "fp32"),
+        "precision": precision_of(engine.accelerator),
         "compile": config.compute.compile,
         "strategy": strategy(engine.accelerator),
         "num_processes": engine.accelerator.num_processes,
@@ -328,7 +333,5 @@ def _milliseconds(work: Callable[[], Any], device: torch.device, times: int) -> 
 def _utilisation(flops: int, ms: float, device: torch.device, precision: str) -> float | None:
     """Share of the peak arithmetic of this device, where it is known."""
     name = device_name(device)
-    peak = next((peaks for key, peaks in PEAKS.items() if key in name), None)
-    if peak is None:
-        return None
-    return flops / (ms / 1e3) / (peak[0 if precision == "bf16" else 1] * 1e12)
+    peak = next((peaks[PEAK_OF[precision]] for key, peaks in PEAKS.items() if key in name), None)
+    return None if peak is None else flops / (ms / 1e3) / (peak * 1e12)

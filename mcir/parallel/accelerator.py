@@ -7,10 +7,10 @@ the number of processes. The `*_cpu.yaml` files rehearse the same strategies wit
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import cast
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
@@ -20,12 +20,16 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from mcir.errors import UserError
+from mcir.parallel.config import Precision
+from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import is_sharded
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_accelerator(
     *,
-    precision: str | None = None,
+    precision: Precision | None = None,
     accumulate: int = 1,
     blocks: Sequence[str] = (),
     batch_size: int = 1,
@@ -36,7 +40,7 @@ def build_accelerator(
     """The Accelerator for this process. Collective.
 
     Args:
-        precision: `fp32` or `bf16`; None takes the launch file's `mixed_precision`. A contradiction is an error.
+        precision: None takes the launch file's `mixed_precision`, where `no` is fp32. A contradiction is an error.
         accumulate: micro-batches in an optimizer step.
         blocks: class names of the network's repeated blocks, the units that FSDP2 shards.
         batch_size: samples in a micro-batch of all processes; they must be able to share it equally.
@@ -57,14 +61,15 @@ def build_accelerator(
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if zero:
         _require_deepspeed()
-    wanted = _precision(precision)
-    _check_first_precision("no" if zero else wanted)
+    chosen = _precision(precision)
+    _require_precision(chosen)
     process_group = InitProcessGroupKwargs(
         backend="gloo" if rehearsal and zero else None, timeout=timedelta(seconds=timeout_s)
     )
     if torch.cuda.is_available():
-        # TF32, as cuDNN has by default: 10 bits of products' factors, fp32 sums. `infer` measures in full fp32.
-        torch.set_float32_matmul_precision("high")
+        # torch's own default is TF32 in cuDNN's convolutions and not in matrix products: here the name decides.
+        torch.set_float32_matmul_precision("high" if chosen == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = chosen == "tf32"
     fsdp_plugin = FullyShardedDataParallelPlugin() if fsdp else None
     if fsdp_plugin is not None and fsdp_plugin.fsdp_version != 2:
         raise UserError(
@@ -72,8 +77,7 @@ def build_accelerator(
         )
     accelerator = Accelerator(
         cpu=rehearsal and not zero,
-        # ZeRO gets autocast from DeepSpeed's torch_autocast, with fp32 weights like every other strategy: see below.
-        mixed_precision="no" if zero else wanted,
+        mixed_precision="no",  # autocast over fp32 weights is ours under every strategy (`autocast`)
         gradient_accumulation_steps=accumulate,
         fsdp_plugin=fsdp_plugin,
         project_config=ProjectConfiguration(automatic_checkpoint_naming=False),
@@ -95,8 +99,7 @@ def build_accelerator(
         if rehearsal:
             _promote_to_fsdp(accelerator, fsdp_plugin)
         fsdp_plugin.transformer_cls_names_to_wrap = list(blocks)
-        # bf16 is autocast, over fp32 weights, as under every other strategy; FSDP would cast whole blocks.
-        fsdp_plugin.mixed_precision_policy = None
+        fsdp_plugin.mixed_precision_policy = None  # it would cast whole blocks
     if zero:
         deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
         deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size // world_size
@@ -104,21 +107,23 @@ def build_accelerator(
         deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
         # Its default buckets of 5e8 elements would be larger than the networks trained here.
         deepspeed_config["zero_optimization"] |= {"reduce_bucket_size": 2**24, "allgather_bucket_size": 2**24}
-        deepspeed_config["torch_autocast"] = {"enabled": wanted == "bf16", "dtype": "bfloat16"}
+        if chosen in AUTOCAST:  # DeepSpeed turns an autocast off that it was not told of
+            dtype = str(AUTOCAST[chosen]).removeprefix("torch.")
+            deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    accelerator.mcir_precision = chosen
     return accelerator
 
 
 def precision_of(accelerator: Accelerator) -> str:
-    """`bf16` or `no`: what target, negatives and features compute in. Weights are fp32 either way."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        enabled = accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast", {}).get("enabled", False)
-        return "bf16" if enabled else "no"
-    return accelerator.mixed_precision
+    """What target, negatives and features compute in: a `Precision`, or what an Accelerator of the user's own says."""
+    own = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    return getattr(accelerator, "mcir_precision", own)
 
 
 def autocast(accelerator: Accelerator) -> torch.autocast:
-    """The precision of the target's forward pass, for what runs beside it."""
-    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision_of(accelerator) == "bf16")
+    """The precision of the target's forward pass, also for what runs beside it."""
+    dtype = AUTOCAST.get(precision_of(accelerator))
+    return torch.autocast(accelerator.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def strategy(accelerator: Accelerator) -> str:
@@ -148,25 +153,30 @@ def _check_devices(world_size: int) -> bool:
     return True
 
 
-def _precision(precision: str | None) -> str:
+def _precision(precision: Precision | None) -> Precision:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision is None:
-        if launched not in ("no", "bf16"):
-            raise UserError(f"the launch file's mixed_precision is {launched}; mcir trains in bf16 or in fp32 (`no`)")
-        return launched
-    wanted = {"fp32": "no", "bf16": "bf16"}[precision]
-    if launched == "bf16" and wanted == "no":
-        raise UserError("compute.precision is fp32 and the launch file's mixed_precision is bf16: make them agree")
-    return wanted
-
-
-def _check_first_precision(wanted: str) -> None:
-    """Accelerate keeps one precision a process, that of its first run, and would give it to this one."""
-    if is_initialized() and (kept := AcceleratorState().mixed_precision) != wanted:
-        now, before = ({"no": "fp32"}.get(name, name) for name in (wanted, kept))
+    if launched not in ("no", *AUTOCAST):
+        raise UserError(f"the launch file's mixed_precision is {launched}; mcir trains in bf16, fp16 or fp32 (`no`)")
+    if launched == "no":
+        return precision or "fp32"
+    if precision not in (None, launched):
         raise UserError(
-            f"this run computes in {now} and an earlier one of this process in {before}, which Accelerate keeps: "
-            "train each precision in a process of its own"
+            f"compute.precision is {precision} and the launch file's mixed_precision is {launched}: make them agree"
+        )
+    return cast(Precision, launched)
+
+
+def _require_precision(precision: Precision) -> None:
+    """Refuse what this process's device would silently compute otherwise, or very slowly."""
+    if not torch.cuda.is_available():
+        if precision == "tf32":
+            raise UserError("compute.precision: tf32 is a GPU's, and this process computes on the CPU: set fp32")
+        return
+    capability, name = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
+    if precision in ("tf32", "bf16") and torch.version.hip is None and capability < (8, 0):
+        instead = "fp32" if precision == "tf32" else "fp16 (or fp32)"
+        raise UserError(
+            f"{name} has no {precision} arithmetic: set compute.precision (or mixed_precision) to {instead}"
         )
 
 
@@ -187,30 +197,39 @@ def _promote_to_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelP
 
 
 def clip_and_guard(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float | None
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    max_norm: float | None,
+    loss_scale: LossScale | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clip the synchronised gradients and have `optimizer.step()` do nothing where their norm is not finite.
-    Collective.
+    """Unscale and clip the synchronised gradients and have `optimizer.step()` do nothing where their norm is not
+    finite; then move the loss scale. Collective.
 
     Returns the total norm before clipping and whether the step is skipped (1.0 or 0.0): device scalars, equal on all
     ranks, because gradients are synchronised before the norm is taken. Nothing waits for the device, except that
-    DeepSpeed, which clips, checks and steps inside `backward`, has already waited.
+    DeepSpeed, which unscales, clips, checks and steps inside `backward`, has already waited.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        norm = accelerator.clip_grad_norm_(model.parameters(), max_norm or 0.0)
-        overflow = bool(optimizer.step_was_skipped)  # type: ignore[attr-defined]
-        return (
-            torch.tensor(float(norm or 0.0), device=accelerator.device),
-            torch.tensor(float(overflow), device=accelerator.device),
+        norm = torch.tensor(
+            float(accelerator.clip_grad_norm_(model.parameters(), max_norm or 0.0) or 0.0), device=accelerator.device
         )
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    if is_sharded(norm):
-        norm = norm.full_tensor()
-    skipped = (~norm.isfinite()).float()
-    inner = getattr(optimizer, "optimizer", optimizer)
-    # The fused optimizers leave weights, moments and step as they are where this is 1.
-    inner.found_inf = skipped  # type: ignore[union-attr]
+        overflow = bool(optimizer.step_was_skipped)  # type: ignore[attr-defined]
+        skipped = torch.tensor(float(overflow), device=accelerator.device)
+    else:
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if loss_scale is not None:
+            loss_scale.unscale([g.to_local() if is_sharded(g) else g for g in gradients])
+        norm = nn.utils.get_total_norm(gradients)
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        if is_sharded(norm):
+            norm = norm.full_tensor()
+        skipped = (~norm.isfinite()).float()
+        inner = getattr(optimizer, "optimizer", optimizer)
+        # The fused optimizers leave weights, moments and step as they are where this is 1.
+        inner.found_inf = skipped  # type: ignore[union-attr]
+    if loss_scale is not None:
+        loss_scale.update(skipped)
     return norm, skipped

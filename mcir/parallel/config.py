@@ -6,13 +6,18 @@ from pydantic import PositiveInt
 
 from mcir.section import Section
 
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
 
 class ComputeConfig(Section):
     """How the same arithmetic is carried out. The strategy (ddp, fsdp2, zero2, zero3) is the launch file's, not the
     run's."""
 
-    precision: Literal["fp32", "bf16"] | None = None
-    """By default what the launch file's mixed_precision says."""
+    precision: Precision | None = None
+    """What target, negatives and features compute in; weights and their averages are fp32 always. `fp32`: 23 bits
+    everywhere, on a GPU as on a CPU. `tf32`: products of 10 bits on a GPU's tensor cores (Ampere or later), sums of
+    23. `bf16`: autocast. `fp16`: autocast with a dynamic loss scale, for GPUs without bf16 (V100, T4). By default what
+    the launch file's mixed_precision says (bf16 in the files for GPUs; `no` is fp32), and without one fp32."""
     compile: bool = False
     """torch.compile of the network's repeated blocks, shared by target and negatives."""
     checkpoint_activations: bool = False

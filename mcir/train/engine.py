@@ -19,7 +19,8 @@ from mcir.errors import UserError
 from mcir.evaluation.evaluate import try_first
 from mcir.objective.negatives import Negatives
 from mcir.objective.objective import Objective
-from mcir.parallel.accelerator import autocast, build_accelerator, clip_and_guard, precision_of, strategy
+from mcir.parallel.accelerator import AUTOCAST, autocast, build_accelerator, clip_and_guard, precision_of, strategy
+from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import cuts_weights
 from mcir.train import runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer, is_healthy
@@ -94,13 +95,15 @@ class Engine:
         if config.validation:
             try_first(config.validation.sets, self.arch.descriptor.scale)
         self.state = State(accelerator, config, self.model, self.optimizer, self.negatives, self.ema, self.loader)
+        self.state.loss_scale = LossScale(accelerator, self.optimizer) if precision_of(accelerator) == "fp16" else None
         self.state.skipped_in_a_row = torch.zeros((), device=accelerator.device)
         self.most_skipped = torch.zeros((), device=accelerator.device)
 
     def __str__(self) -> str:
         size = sum(p.numel() for p in self.validation.replica.parameters())
         processes = f"{strategy(self.accelerator)} x {self.accelerator.num_processes}"
-        return f"{self.arch.name}, {size:,} parameters, {len(self.negatives.nets)} negatives, {processes}"
+        precision = precision_of(self.accelerator)
+        return f"{self.arch.name}, {size:,} parameters, {len(self.negatives.nets)} negatives, {precision}, {processes}"
 
     def step(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """One optimizer step on `accumulate` micro-batches, then EMA and negatives. Collective, without a host sync.
@@ -109,7 +112,7 @@ class Engine:
         """
         self.state.step += 1
         self.state.measured = {}
-        optim = self.config.optim
+        optim, scale = self.config.optim, self.state.loss_scale
         set_lr(self.optimizer, optim.lr(self.state.step, self.config.steps))
         sums: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
@@ -118,14 +121,16 @@ class Engine:
             torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
             with self.accelerator.accumulate(self.model):
                 with autocast(self.accelerator):
-                    restored = self.model(batch.degraded)  # (B, 3, s * H, s * W)
+                    restored = self.model(batch.degraded).float()  # (B, 3, s * H, s * W)
                     past = self.negatives(batch.degraded)
                     losses = self.objective(restored, batch.clean, batch.degraded, past)
                     if batch.weight != 1:
                         losses = {name: value * batch.weight for name, value in losses.items()}
-                self.accelerator.backward(losses["total"])
+                self.accelerator.backward(scale(losses["total"]) if scale else losses["total"])
                 if self.accelerator.sync_gradients:
-                    norm, skipped = clip_and_guard(self.accelerator, self.model, self.optimizer, optim.max_grad_norm)
+                    norm, skipped = clip_and_guard(
+                        self.accelerator, self.model, self.optimizer, optim.max_grad_norm, scale
+                    )
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             for name, value in losses.items():
@@ -230,9 +235,10 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
         unused_parameters=config.arch.descriptor.unused_parameters,
         timeout_s=config.compute.timeout_s,
     )
-    if precision_of(accelerator) == "bf16" and not config.arch.descriptor.bf16:
+    if (precision := precision_of(accelerator)) in AUTOCAST and not config.arch.descriptor.bf16:
         raise UserError(
-            f"{config.arch.name} does not train in bf16: set compute.precision to fp32 (and mixed_precision to no)"
+            f"{config.arch.name} does not train in {precision}: set compute.precision to fp32 (and mixed_precision to "
+            "no)"
         )
     with runs.choose(accelerator, config.runs_dir, config.name, resume) as start:
         engine = Engine(config, accelerator)

@@ -16,6 +16,7 @@ from mcir.data.loader import Loader
 from mcir.errors import UserError
 from mcir.objective.negatives import Negatives
 from mcir.parallel.accelerator import strategy
+from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import full_moments, full_params, load_full_moments, load_full_params
 from mcir.train.checkpoint import Checkpoint, Checkpointer, to_cpu
 from mcir.train.ema import EMA
@@ -36,6 +37,8 @@ class State:
     """Optimizer steps made."""
     skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Steps up to this one that were skipped because the gradient was not finite; on the device, equal on all ranks."""
+    loss_scale: LossScale | None = None
+    """Where the run computes in fp16."""
     best: tuple[float, str] | None = None
     """Value of the deciding metric, and the checkpoint that reached it."""
     measured: dict[str, float] = field(default_factory=dict)
@@ -69,6 +72,7 @@ class State:
             "order": self.loader.order,
             "best": self.best,
             "num_skipped": self.num_skipped(),
+            "loss_scale": self.loss_scale.state() if self.loss_scale else None,
             "strategy": strategy(accelerator),
             "world_size": world_size,
         }
@@ -103,6 +107,8 @@ class State:
         self.step, self.loader.position, self.loader.order = state["step"], state["position"], state["order"]
         self.loader.num_skipped = state["num_skipped"] if self.accelerator.is_main_process else 0
         self.skipped_in_a_row.fill_(state.get("skipped_in_a_row", 0))
+        if self.loss_scale and state.get("loss_scale"):
+            self.loss_scale.load(state["loss_scale"])
         self.best = tuple(state["best"]) if state["best"] else None
 
     def num_skipped(self) -> int:

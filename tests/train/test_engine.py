@@ -160,12 +160,49 @@ def test_a_run_that_cannot_recover_stops_with_the_step_and_the_last_good_checkpo
         engine.fit()
 
 
-@pytest.mark.parametrize(("first", "second"), [("bf16", None), ("bf16", "fp32"), (None, "bf16")])
-def test_a_run_gets_its_precision_or_is_refused(first, second, tmp_path):
-    build_engine(validate(tiny_config(tmp_path, compute={"precision": first}), "first"))
-    again = validate(tiny_config(tmp_path, name="again", compute={"precision": second}), "second")
-    with pytest.raises(UserError, match=f"in {second or 'fp32'} and an earlier .* in {first or 'fp32'}"):
-        build_engine(again)
+def test_each_run_of_a_process_computes_in_its_own_precision(tmp_path):
+    """What a convolution of the target gives, and the line that says so."""
+    for precision, dtype in (("bf16", torch.bfloat16), (None, torch.float32), ("fp16", torch.float16)):
+        engine = build_engine(validate(tiny_config(tmp_path, compute={"precision": precision}), "test"))
+        seen = []
+        layer = next(m for m in engine.model.modules() if isinstance(m, torch.nn.Conv2d))
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))  # noqa: B023
+        batch = next(iter(engine.loader))
+        assert float(engine.step([batch])["skipped"]) == 0
+        assert seen == [dtype]
+        assert f", {precision or 'fp32'}, single x 1" in str(engine)
+        start = json.loads((engine.run_dir / "run.json").read_text())["starts"][-1]
+        assert start["environment"]["precision"] == precision or precision is None
+
+
+def test_fp16_scales_its_loss_halves_the_scale_where_it_overflows_and_goes_on_exactly(tmp_path):
+    """A scale of 2^40 overflows fp16 (65504) until it has been halved often enough; weights stay as they are
+    meanwhile. A run that is resumed in the middle of that has the same weights at the end."""
+    compute, optim = {"precision": "fp16"}, {"optimizer": {"name": "adam", "lr": 1e-3}, "max_grad_norm": 0.1}
+    values = tiny_config(tmp_path, steps=40, compute=compute, optim=optim)
+    whole = build_engine(validate(values | {"name": "whole"}, "whole"))
+    assert whole.state.loss_scale is not None
+    whole.state.loss_scale.load([2.0**40, 1997])
+    before = [p.clone() for p in whole.model.parameters()]
+    batches, skipped = iter(whole.loader), []
+    for _ in range(40):
+        skipped.append(float(whole.step([next(batches)])["skipped"]))
+        if whole.state.step == 5:
+            assert all(torch.equal(a, b) for a, b in zip(before, whole.model.parameters(), strict=True))
+            path = whole.state.save(whole.checkpointer)
+    overflows = int(sum(skipped))
+    last = max(i for i, was_skipped in enumerate(skipped) if was_skipped)
+    assert skipped[:8] == [1.0] * 8
+    assert 8 < overflows < 35
+    assert whole.state.loss_scale.state() == [2.0 ** (40 - overflows), 39 - last]
+    resumed = build_engine(validate(values | {"name": "resumed"}, "resumed"), resume=str(path))
+    assert resumed.state.loss_scale is not None
+    assert resumed.state.loss_scale.state() == [2.0**35, 0]
+    batches = iter(resumed.loader)
+    for _ in range(35):
+        resumed.step([next(batches)])
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+    assert whole.state.loss_scale.state() == resumed.state.loss_scale.state()
 
 
 @pytest.mark.slow
