@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -52,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-        path = urlsplit(self.path).path
+        path = unquote(urlsplit(self.path).path)
         if self.server.silent:
             self.close_connection = True
             return
@@ -63,7 +63,9 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self._file(self.server.root / match[1] / match[2])
             return
-        match = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/[^/]+)?(/.*)?", path)
+        match = re.fullmatch(
+            r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/(?:refs/convert/)?[^/]+)?(/.*)?", path
+        )
         repo = self.server.root / match[1] if match else None
         if match is None or repo is None or not repo.is_dir():
             self._answer(404, {"X-Error-Code": "RepoNotFound"}, b"{}")
@@ -77,7 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
             if not folder.is_dir():
                 self._answer(404, {"X-Error-Code": "EntryNotFound"}, b"{}")
                 return
-            answer = [_entry(repo, path) for path in sorted(folder.iterdir())]
+            deep = "true" in parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower()
+            answer = [_entry(repo, path) for path in sorted(folder.rglob("*") if deep else folder.iterdir())]
         else:
             names = parse_qs(body).get("paths", [])
             answer = [_entry(repo, repo / name) for name in names if (repo / name).exists()]

@@ -1,11 +1,14 @@
 """`mcir data …`: parsing only. Heavy imports are inside the commands, so that --help answers at once."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mcir.errors import UserError
+
+if TYPE_CHECKING:
+    from mcir.data.pairs import Fault, Pairs
 
 app = typer.Typer(no_args_is_help=True, help="Pack and inspect datasets.")
 
@@ -78,6 +81,8 @@ def pack(
     pairs = _pairs(source, layout, degraded, split, scale, (pattern, clean_pattern))
     if pairs.note:
         print(f"{pairs.title}: {pairs.note}")
+    for line in pairs.left_out.lines():
+        print(f"left out: {line}")
     shards = write(pairs, output, options, num_workers)
     num_rows = sum(read_metadata(shard).num_rows for shard in shards)
     print(f"{output}: {num_rows} samples in {len(shards)} shard{'s' if len(shards) > 1 else ''}")
@@ -86,7 +91,7 @@ def pack(
 @app.command()
 def inspect(
     source: Annotated[
-        Path, typer.Argument(help="Folder of Parquet shards, of clean images, or of a dataset (--layout).")
+        Path, typer.Argument(help="Folder of Parquet shards or tars, of clean images, or of a dataset (--layout).")
     ],
     layout: Layout = None,
     degraded: Degraded = None,
@@ -94,25 +99,35 @@ def inspect(
     clean_pattern: CleanPattern = "{key}",
     split: Split = None,
     scale: Scale = 1,
+    columns: Annotated[
+        str | None, typer.Option(help="What Parquet columns are called, such as '{clean: hr, degraded: lr}'.")
+    ] = None,
     sheet: Annotated[Path | None, typer.Option(help="Where to save a contact sheet (PNG).")] = None,
 ) -> None:
     """Count, measure and decode every image; print what is wrong. Exit code 1 where anything is."""
-    from mcir.data.files import files_below
-    from mcir.data.inspect import contact_sheet, inspect_packed, inspect_pairs
+    from mcir.data.files import files_at
+    from mcir.data.inspect import contact_sheet, inspect_packed, inspect_pairs, inspect_units
+    from mcir.data.sources import TarSource
     from mcir.evaluation.report import png, require_writable, write_whole
 
     if sheet:
         require_writable(sheet)
-    packed = layout is None and degraded is None and bool(files_below(source, [".parquet"]))
+    plain = layout is None and degraded is None
+    packed, tars = (plain and bool(files_at(str(source), suffix)) for suffix in (".parquet", ".tar"))
     if split and layout is None:
         raise UserError("--split goes with a --layout, which knows where its parts are")
-    if packed and scale > 1:
+    if (packed or tars) and scale > 1:
         raise UserError(f"--scale goes with folders: the shards of {source} say themselves what scale their pairs have")
-    report = (
-        inspect_packed(source)
-        if packed
-        else inspect_pairs(_pairs(source, layout, degraded, split, scale, (pattern, clean_pattern)))
-    )
+    if columns and not packed:
+        raise UserError(f"--columns goes with Parquet files, and {source} holds none")
+    faults: list[Fault] = []
+    if packed:
+        report = inspect_packed(source, _columns(columns))
+    elif tars:
+        report = inspect_units(TarSource(format="tars", path=str(source)).open())
+    else:
+        pairs = _pairs(source, layout, degraded, split, scale, (pattern, clean_pattern), faults)
+        report = inspect_pairs(pairs, faults)
     report.print()
     if sheet:
         write_whole(sheet, png(contact_sheet(report.examples)))
@@ -120,32 +135,47 @@ def inspect(
 
 
 def _degradation(text: str | None) -> Any:
+    from mcir.data.degrade import AnyDegradation
+
+    return None if text is None else _parsed(AnyDegradation, text, "--degradation")
+
+
+def _columns(text: str | None) -> Any:
+    from mcir.data.parquet import Columns
+
+    return Columns() if text is None else _parsed(Columns, text, "--columns")
+
+
+def _parsed(kind: Any, text: str, option: str) -> Any:
     from pydantic import TypeAdapter, ValidationError
 
-    from mcir.data.degrade import AnyDegradation
     from mcir.section import parse_yaml
 
-    if text is None:
-        return None
     try:
-        return TypeAdapter(AnyDegradation).validate_python(parse_yaml(text, "--degradation"))
+        return TypeAdapter(kind).validate_python(parse_yaml(text, option))
     except ValidationError as error:
         faults = "; ".join(": ".join([*map(str, f["loc"]), f["msg"]]) for f in error.errors())
-        raise UserError(f"--degradation {text}: {faults}") from None
+        raise UserError(f"{option} {text}: {faults}") from None
 
 
 def _pairs(
-    source: Path, layout: str | None, degraded: Path | None, split: str | None, scale: int, patterns: tuple[str, str]
-) -> Any:
+    source: Path,
+    layout: str | None,
+    degraded: Path | None,
+    split: str | None,
+    scale: int,
+    patterns: tuple[str, str],
+    faults: "list[Fault] | None" = None,
+) -> "Pairs":
     from mcir.data.layouts import find_pairs
     from mcir.data.pairs import pair_folders
 
     if layout is None and degraded is None and scale > 1:
         raise UserError("--scale goes with --degraded or a --layout: clean images alone have none")
     if layout is None:
-        return pair_folders(source, degraded, scale, *patterns)
+        return pair_folders(source, degraded, scale, *patterns, faults)
     if patterns != ("{key}", "{key}"):
         raise UserError("--pattern goes with plain folders: a --layout knows how its pairs are named")
     if degraded is not None:
         raise UserError("--degraded goes with plain folders: a --layout knows where its degraded images are")
-    return find_pairs(layout, source, split, scale if scale > 1 else None)
+    return find_pairs(layout, source, split, scale if scale > 1 else None, faults)

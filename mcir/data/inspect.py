@@ -1,7 +1,8 @@
 """What a dataset holds, before a run spends a night on it: counts, sizes, mismatches, and a picture to look at.
 
-`inspect_packed` reads a folder of shards and compares it with its card, `inspect_pairs` images on disk; both decode
-everything and go on after a bad row, so that one look lists all that is wrong.
+`inspect_packed` reads Parquet as training does and compares it with its card, `inspect_units` what another source
+gives, `inspect_pairs` images on disk. All decode everything and go on after what is bad, so that one look lists all
+that is wrong. A subset of a published dataset is no fault, and what was left out (files.py) is counted.
 """
 
 from collections import Counter
@@ -10,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -23,11 +22,14 @@ from torch import Tensor
 from mcir.data.card import checksums, file_sha256
 from mcir.data.decode import decode
 from mcir.data.degrade import Bicubic, GaussianBlur, Haze, Jpeg, MotionBlur, Noise, Rain
-from mcir.data.files import files_below
-from mcir.data.pairs import Pairs
+from mcir.data.files import LeftOut, files_at
+from mcir.data.pairs import Fault, Pairs
+from mcir.data.parquet import COLUMNS, Columns, open_parquet
+from mcir.data.rows import Row, Units
 from mcir.errors import UserError
 
-Sample = tuple[str, tuple[str, str], bytes, bytes | None]  # key, where clean and degraded are, clean, degraded
+Sample = tuple[str, tuple[str, str], bytes | memoryview, bytes | memoryview | None]
+"""Key, where clean and degraded are, clean, degraded."""
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Report:
     """(height, width) -> how many."""
     scales: Counter[int] = field(default_factory=Counter)
     """Clean side / degraded side -> how many pairs."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    note: str = ""
     faults: list[str] = field(default_factory=list)
     examples: list[tuple[str, Tensor]] = field(default_factory=list)
     """Labelled images for the contact sheet: degraded ("in") and clean alternate where there are pairs."""
@@ -61,82 +65,85 @@ class Report:
             table.add_row("most common size", f"{common[0]} x {common[1]} ({count:,} of {self.num_samples:,})")
         if self.scales:
             table.add_row("scales", ", ".join(f"{scale} ({count:,} pairs)" for scale, count in self.scales.items()))
+        table.add_row("left out", f"{self.left_out.counts.total():,}")
         table.add_row("faults", f"{len(self.faults):,}")
         console.print(table)
+        for line in [*filter(None, [self.note]), *(f"left out: {line}" for line in self.left_out.lines())]:
+            console.print(line, markup=False, soft_wrap=True)
         for fault in self.faults:
             console.print(f"- {fault}", markup=False, soft_wrap=True)
 
 
-def inspect_packed(folder: Path, num_examples: int = 12, seed: int = 0) -> Report:
-    """Look at the shards in `folder`: every row decoded, keys unique, sizes fitting, checksums as in the card.
+def inspect_packed(
+    place: Path | str,
+    columns: Columns = COLUMNS,
+    num_examples: int = 12,
+    seed: int = 0,
+) -> Report:
+    """Look at the shards of a folder (or file, or pattern) as training reads them: every row decoded, keys unique,
+    sizes fitting, checksums as in the card.
 
     Raises UserError where there are no shards.
     """
-    shards = files_below(folder, [".parquet"])
+    report = Report()
+    shards = files_at(str(place), ".parquet", report.left_out)
     if not shards:
-        raise UserError(f"{folder} holds no Parquet files; for images on disk give their layout")
-    report = Report(num_files=len(shards))
+        raise UserError(f"{place} holds no Parquet files; for images on disk give their layout")
+    report.num_files = len(shards)
+    folder = Path(place) if Path(place).is_dir() else shards[0].parent
     card = folder / "README.md"
     listed = checksums(card.read_text()) if card.exists() else {}
     for shard in shards:
         if shard.name in listed and listed[shard.name][2] != file_sha256(shard):
             report.faults.append(f"{shard}: its checksum is not the card's; it was changed or copied badly")
-    there = {shard.name for shard in shards}
-    report.faults += [f"{folder / name}: listed in the card, but not there" for name in listed if name not in there]
-    rows = {}
-    for shard in shards:
-        try:
-            rows[shard] = pq.read_metadata(shard).num_rows
-        except Exception as error:
-            report.faults.append(f"{shard}: not a readable Parquet file: {error}")
-    total = sum(rows.values())
-    _look(_packed_samples(rows, report), total, report, num_examples, seed)
+    if folder == Path(place):
+        there = {shard.name for shard in shards}
+        report.faults += [f"{folder / name}: listed in the card, but not there" for name in listed if name not in there]
+    units = open_parquet([str(shard) for shard in shards], str(place), columns, report.faults)
+    return inspect_units(units, report, num_examples, seed)
+
+
+def inspect_units(units: Units, report: Report | None = None, num_examples: int = 12, seed: int = 0) -> Report:
+    """Look at all rows of an opened source."""
+    report = report or Report(left_out=units.left_out)
+
+    def samples() -> Iterator[Sample | str]:
+        for unit in range(len(units.lengths)):
+            said = ""
+            for row in units.rows(unit, 0):
+                if isinstance(row, Row):
+                    yield row.key, (f"{row.where}, clean", f"{row.where}, degraded"), row.clean, row.degraded
+                elif str(row) == said:  # a row group that cannot be read says so in each of its rows
+                    report.num_samples += 1
+                else:
+                    yield (said := str(row))
+
+    _look(samples(), sum(units.lengths), report, num_examples, seed)
     return report
 
 
-def inspect_pairs(pairs: Pairs, num_examples: int = 12, seed: int = 0) -> Report:
-    """Look at images on disk (`layouts.find_pairs` has matched them by name): every file decoded, sizes fitting."""
-    report = Report(num_files=len({path for pair in pairs.samples for path in (pair.clean, pair.degraded) if path}))
-    if pairs.note:
-        report.faults.append(f"{pairs.title}: {pairs.note}")
+def inspect_pairs(pairs: Pairs, faults: Sequence[Fault] = (), num_examples: int = 12, seed: int = 0) -> Report:
+    """Look at images on disk that were matched by name, with these `faults`: every file decoded, sizes fitting."""
+    report = Report(left_out=pairs.left_out, faults=[line for fault in faults for line in fault.lines()])
+    report.num_files = len({path for pair in pairs.samples for path in (pair.clean, pair.degraded) if path})
+    report.note = f"{pairs.title}: {pairs.note}" if pairs.note else ""
 
-    def samples() -> Iterator[Sample]:
+    def samples() -> Iterator[Sample | str]:
         for pair in pairs.samples:
-            degraded = pair.degraded.read_bytes() if pair.degraded else None
-            yield pair.key, (str(pair.clean), str(pair.degraded)), pair.clean.read_bytes(), degraded
+            try:
+                halves = pair.clean.read_bytes(), pair.degraded.read_bytes() if pair.degraded else None
+            except OSError as error:
+                yield f"{error.filename} cannot be read: {error.strerror}"
+                continue
+            yield pair.key, (str(pair.clean), str(pair.degraded)), *halves
 
     scale = None if pairs.centre_crop else pairs.scale
     _look(samples(), len(pairs.samples), report, num_examples, seed, scale, pairs.centre_crop)
     return report
 
 
-def _packed_samples(shards: dict[Path, int], report: Report) -> Iterator[Sample]:
-    seen: dict[str, str] = {}
-    for shard in shards:
-        number = -1
-        try:
-            for batch in pq.ParquetFile(shard, page_checksum_verification=True).iter_batches(batch_size=16):
-                if missing := {"clean", "key"} - set(batch.schema.names):
-                    report.faults.append(f"{shard}: no column {', '.join(sorted(missing))}")
-                    break
-                images = [name for name in ("clean", "degraded") if name in batch.schema.names]
-                if plain := [name for name in images if not pa.types.is_struct(batch.schema.field(name).type)]:
-                    report.faults.append(f"{shard}: {', '.join(plain)} must be structs of `bytes` and `path`")
-                    break
-                for row in batch.to_pylist():
-                    number += 1
-                    where = f"{shard}, row {number} (key {row['key']})"
-                    if (before := seen.setdefault(row["key"], where)) != where:
-                        report.faults.append(f"{where}: the key is that of {before} too")
-                    degraded = (row["degraded"] or {}).get("bytes") or b"" if "degraded" in row else None
-                    places = f"{where}, clean", f"{where}, degraded"
-                    yield row["key"], places, (row["clean"] or {}).get("bytes") or b"", degraded
-        except OSError as error:
-            report.faults.append(f"{shard}, from row {number + 1} on: unreadable: {error}")
-
-
 def _look(
-    samples: Iterable[Sample],
+    samples: Iterable[Sample | str],
     total: int,
     report: Report,
     num_examples: int,
@@ -145,31 +152,39 @@ def _look(
     centre_crop: bool = False,
 ) -> None:
     wanted = set(np.random.default_rng(seed).permutation(total)[:num_examples].tolist())
-    for number, (key, (at_clean, at_degraded), clean_bytes, degraded_bytes) in enumerate(
-        track(samples, "looking", total, console=Console(stderr=True))
-    ):
+    alone: list[str] = []
+    for number, sample in enumerate(track(samples, "looking", total, console=Console(stderr=True))):
         report.num_samples += 1
-        report.num_bytes += len(clean_bytes) + len(degraded_bytes or b"")
-        try:
-            clean = decode(clean_bytes, at_clean)
-            degraded = decode(degraded_bytes, at_degraded) if degraded_bytes is not None else None
-        except UserError as error:
-            report.faults.append(str(error))
+        if isinstance(sample, str):
+            report.faults.append(sample)
             continue
+        key, places, *files = sample
+        report.num_bytes += sum(len(file or b"") for file in files)
+        images: list[Tensor] = []
+        for place, file in zip(places, files, strict=True):
+            try:
+                images += [decode(file, place)] if file is not None else []
+            except UserError as error:
+                report.faults.append(str(error))
+        if len(images) < 2 - (files[1] is None):
+            continue
+        clean = images[0]
         report.clean_sizes[(clean.shape[-2], clean.shape[-1])] += 1
-        if degraded is not None:
+        if len(images) == 1:
+            alone.append(places[1])
+        else:
             report.num_paired += 1
-            found = _scale_of(clean, degraded, centre_crop)
+            found = _scale_of(clean, images[1], centre_crop)
             if found is None or (scale is not None and found != scale):
-                sides = (f"{image.shape[-2]} x {image.shape[-1]}" for image in (clean, degraded))
+                sides = (f"{image.shape[-2]} x {image.shape[-1]}" for image in images)
                 wanted_scale = f" at scale {scale}" if scale else ""
-                report.faults.append(
-                    f"{at_degraded}: sizes do not fit{wanted_scale}: clean {', degraded '.join(sides)}"
-                )
+                report.faults.append(f"{places[1]}: sizes do not fit{wanted_scale}: clean {', degraded '.join(sides)}")
             else:
                 report.scales[found] += 1
         if number in wanted:
-            report.examples += [(key, clean)] if degraded is None else [(f"{key} in", degraded), (key, clean)]
+            report.examples += [(f"{key} in", images[1]), (key, clean)] if len(images) == 2 else [(key, clean)]
+    if report.num_paired:
+        report.faults += [f"{place}: the image is missing, while other rows have one" for place in alone]
     if len(report.scales) > 1:
         report.faults.append(f"the pairs have several scales: {', '.join(map(str, sorted(report.scales)))}")
 

@@ -4,19 +4,23 @@ Footers are read once, by the main process; a file is opened when one of its row
 
 import atexit
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from glob import escape
-from typing import TYPE_CHECKING
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from imagecodecs import zlibng_crc32
 
 from mcir.data.rows import Row, Units
 from mcir.errors import UserError
+from mcir.section import Section
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,46 +40,83 @@ def checksum(rows: Iterable[Row]) -> int:
     return value
 
 
-def open_parquet(files: list[str], name: str) -> Units:
-    """The row groups of `files`; `name` is what messages call them. UserError: an unreadable footer, other columns."""
+class Columns(Section):
+    """Which columns hold what. An image is bytes, a struct of `bytes` and `path`, or the path of a file beside."""
+
+    clean: str = "clean"
+    degraded: str | None = "degraded"
+    """Absent, or null, where degraded images are made on the fly."""
+    key: str | None = "key"
+    """Absent, or null, where rows are named after their file and number."""
+
+
+COLUMNS = Columns()
+
+
+def open_parquet(
+    files: list[str],
+    name: str,
+    columns: Columns = COLUMNS,
+    faults: list[str] | None = None,
+) -> Units:
+    """The row groups of `files`; `name` is what messages call them.
+
+    UserError: an unreadable footer, columns that are not there or hold no images, and, in local files, a key twice (of
+    the Hub it would take a request for each row group to know). Where `faults` are given it goes there, and the rest of
+    the files is read.
+    """
     from datasets import load_dataset
     from datasets.utils.logging import disable_progress_bar
     from pyarrow.dataset import ParquetFragmentScanOptions
 
     with ThreadPoolExecutor(16) as pool:  # on the Hub a footer is two round trips
-        footers = list(pool.map(_footer, files))
-    columns = set(footers[0][0])
-    for file, (names, _, _) in zip(files, footers, strict=True):
-        if missing := {"clean", "key"} - set(names):
-            raise UserError(
-                f"{name} has no column {', '.join(sorted(missing))} (it has {', '.join(sorted(names))}); "
-                "a dataset has `clean`, `key` and, where paired, `degraded`"
+        looked = list(pool.map(partial(_footer, name=name, columns=columns), files))
+    found = [str(footer) for footer in looked if isinstance(footer, UserError)]
+    footers = [footer for footer in looked if isinstance(footer, _Footer)]
+    for footer in footers[1:]:
+        if footer.stored != footers[0].stored:
+            column = next(iter(footer.stored.items() ^ footers[0].stored.items()))[1]
+            found.append(
+                f"{footer.file} and {footers[0].file} differ in the column {column}; pack all of {name} in one go"
             )
-        if ("degraded" in names) != ("degraded" in columns):
-            raise UserError(f"{file} and {files[0]} differ in the column degraded; pack all of {name} in one go")
+    footers = [footer for footer in footers if footer.stored == footers[0].stored]
+    found += _repeated_keys(footers)
+    if faults is None and found:
+        raise UserError(
+            found[0] + f" (and {len(found) - 1} more faults; `mcir data inspect` lists them)" * (len(found) > 1)
+        )
+    if faults is not None:
+        faults += found
     groups: list[_Group] = []
-    for i, (_, lengths, checksums) in enumerate(footers):
+    for i, footer in enumerate(footers):
         first = 0
-        for j, (length, value) in enumerate(zip(lengths, checksums, strict=True)):
+        for j, (length, value) in enumerate(zip(footer.lengths, footer.checksums, strict=True)):
             if length:
-                groups.append(_Group(i, j, first, length, value))
+                groups.append(_Group(i, j, first, length, value if columns == COLUMNS else None))
             first += length
+    if not groups and faults is not None:
+        faults += [f"{name} is empty"] if footers else []
+        return Units((), lambda unit, start: iter(()))
     if not groups:
         raise UserError(f"{name} is empty")
+    files = [footer.file for footer in footers]
+    stored = footers[0].stored
     disable_progress_bar()
+    wanted = set(stored.values())
     dataset = load_dataset(
         "parquet",
         data_files=[escape(file) for file in files],  # `datasets` takes names for patterns
         split="train",
         streaming=True,
         storage_options={"hf": {"block_size": 2**16}},  # what is read ahead; 5 MiB would be a third of a row group
-        columns=[name for name in footers[0][0] if name in ("key", "clean", "degraded")],  # as stored: spares a copy
+        columns=[column for column in footers[0].columns if column in wanted],  # as stored: spares a copy
         fragment_scan_options=ParquetFragmentScanOptions(
             page_checksum_verification=any(group.checksum is None for group in groups)
         ),
     ).with_format("arrow")  # which leaves the images encoded
     assert dataset.num_shards == len(files)
-    return Units(tuple(group.length for group in groups), partial(_read_group, dataset, files, groups))
+    lengths = tuple(group.length for group in groups)
+    return Units(lengths, partial(_read_group, dataset, files, groups, stored))
 
 
 @dataclass(frozen=True)
@@ -89,21 +130,89 @@ class _Group:
     checksum: int | None
 
 
-def _footer(file: str) -> tuple[list[str], list[int], list[int | None]]:
-    """Columns, lengths and checksums of the row groups of a Parquet file."""
+@dataclass(frozen=True)
+class _Footer:
+    """What is known of a file before its images are read; lengths and checksums are those of its row groups."""
+
+    file: str
+    columns: list[str]
+    stored: dict[str, str]
+    """What of a row is there -> the column that holds it."""
+    lengths: list[int]
+    checksums: list[int | None]
+    keys: list[str | None]
+    """Of local files."""
+
+
+def _footer(file: str, name: str, columns: Columns) -> _Footer | UserError:
     import fsspec
     import pyarrow.parquet as pq
 
+    keys: list[str | None] = []
     try:
         with fsspec.open(file, "rb") as handle:
             metadata = pq.read_metadata(handle)
+            schema = metadata.schema.to_arrow_schema()
+            if columns.key in schema.names and "://" not in file:
+                keys = _keys(pq.read_table(handle, columns=[columns.key])[columns.key])
         checksums = json.loads((metadata.metadata or {}).get(CHECKSUMS, b"[]"))
+        stored = _stored(schema, file, name, columns)
+    except UserError as error:
+        return error
     except Exception as error:
+        if isinstance(error, ConnectionError):
+            raise
         way_out = "check the network, or pack the dataset again" if "://" in file else "pack the dataset again"
-        raise UserError(f"{file} is not a readable Parquet file ({error}); {way_out}") from error
+        return UserError(f"{file} is not a readable Parquet file ({_first_line(error)}); {way_out}")
     lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     known = isinstance(checksums, list) and len(checksums) == len(lengths)  # not where a copy was cut differently
-    return metadata.schema.to_arrow_schema().names, lengths, checksums if known else [None] * len(lengths)
+    return _Footer(file, schema.names, stored, lengths, checksums if known else [None] * len(lengths), keys)
+
+
+def _stored(schema: "pa.Schema", file: str, name: str, columns: Columns) -> dict[str, str]:
+    """UserError: a column is not there, or holds no images."""
+    there = {}
+    for part, column in columns:
+        if column in schema.names:
+            there[part] = column
+        elif column is not None and (part == "clean" or column != part):
+            has = ", ".join(sorted(schema.names))
+            raise UserError(
+                f"{name} has no column {column} (it has {has}); a dataset has `clean`, `key` and, where paired, "
+                "`degraded`, or says what they are called, such as columns: {clean: hr, degraded: lr, key: id}"
+            )
+    for part, column in there.items():
+        if part != "key" and not _holds_images(schema.field(column).type):
+            kind = str(schema.field(column).type).partition("<")[0]
+            raise UserError(
+                f"{file}: the column {column} is of type {kind} and holds no images: those are bytes or structs of "
+                "`bytes` and `path`, as cast_column(…, Image()) of `datasets` makes"
+            )
+    return there
+
+
+def _holds_images(kind: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    flat = "binary", "large_binary", "binary_view", "string", "large_string", "string_view", "null"
+    if not pa.types.is_struct(kind):
+        return str(kind) in flat
+    fields = [field for field in kind if field.name in ("bytes", "path")]
+    return bool(fields) and all(str(field.type) in flat for field in fields)
+
+
+def _repeated_keys(footers: Iterable[_Footer]) -> list[str]:
+    seen: dict[str, str] = {}
+    faults = []
+    for footer in footers:
+        for number, key in enumerate(footer.keys):
+            where = f"{footer.file}, row {number}"
+            if key is not None and seen.setdefault(key, where) is not where:
+                faults.append(
+                    f"{where} has the key {key}, as {seen[key]} has: a key names one sample; name another column, "
+                    "columns: {key: …}, or null, which numbers the rows"
+                )
+    return faults
 
 
 @lru_cache(maxsize=512)
@@ -120,7 +229,7 @@ def _let_arrow_finish() -> None:
 
 
 def _read_group(
-    dataset: "IterableDataset", files: list[str], groups: list[_Group], unit: int, start: int
+    dataset: "IterableDataset", files: list[str], groups: list[_Group], stored: dict[str, str], unit: int, start: int
 ) -> Iterator[Row | UserError]:
     group = groups[unit]
     file = files[group.file]
@@ -130,12 +239,16 @@ def _read_group(
         shard = shard.shard(num_shards=shard.num_shards, index=group.index)
         # .iter and not __iter__: the latter would divide the row group among DataLoader workers
         (table,) = shard.iter(batch_size=group.length)
-        columns = zip(table["key"].to_pylist(), _bytes(table, "clean"), _bytes(table, "degraded"), strict=True)
+        nothing: list[Any] = [None] * group.length
+        columns = {part: _files(table[column]) for part, column in stored.items() if part != "key"}
+        keys = _keys(table[stored["key"]]) if "key" in stored else nothing
+        images = zip(columns["clean"], columns.get("degraded", nothing), strict=True)
+        name = os.path.relpath(file, os.path.commonpath([os.path.dirname(file) for file in files]))
         read = [
-            Row(str(key), clean or b"", degraded, f"{file}, row {number} (key {key})")
-            for number, (key, clean, degraded) in enumerate(columns, group.first)
+            _row(f"{name.removesuffix('.parquet')}-{number}" if key is None else key, clean, degraded, file, number)
+            for number, key, (clean, degraded) in zip(count(group.first), keys, images, strict=False)
         ]
-        if group.checksum is not None and checksum(read) != group.checksum:
+        if group.checksum is not None and checksum(row for row in read if isinstance(row, Row)) != group.checksum:
             raise ValueError("its checksum is wrong")
         rows: Sequence[Row | UserError] = read
     except Exception as error:  # the readers below raise OSError, ArrowInvalid, network errors...
@@ -148,15 +261,54 @@ def _read_group(
     yield from rows[start:]
 
 
-def _bytes(table: "pa.Table", column: str) -> list[memoryview | None]:
-    """The image files of a column, which are not copied: its memory lives until the last of them is gone."""
+_File = memoryview | str
+"""An image file, or where it is."""
+
+
+def _row(key: str, clean: _File | None, degraded: _File | None, file: str, number: int) -> Row | UserError:
+    where = f"{file}, row {number} (key {key})"
+    if clean is None:
+        return UserError(f"{where} has no clean image")
+    halves: list[Any] = [clean, degraded]
+    for i, half in enumerate(halves):
+        if isinstance(half, str):
+            path = Path(file).parent / half
+            if "://" in file or not path.is_file():
+                there = "" if "://" in file else ", where no file is,"
+                return UserError(f"{where} holds the path {half}{there} and no bytes; embed the images in the dataset")
+            try:
+                halves[i] = path.read_bytes()
+            except OSError as error:
+                return UserError(f"{where}: {path} cannot be read: {error.strerror}")
+    return Row(key, halves[0], halves[1], where)
+
+
+def _keys(column: "pa.ChunkedArray") -> list[str | None]:
+    return [None if key is None else str(key) for key in column.to_pylist()]
+
+
+def _files(column: "pa.ChunkedArray") -> list[_File | None]:
+    """The image files of a column, which are not copied (but for types that Parquet does not know: its memory lives
+    until the last of them is gone), or their paths."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if column not in table.column_names:
-        return [None] * len(table)
-    files: list[memoryview | None] = []
-    for chunk in pc.struct_field(table[column], "bytes").chunks:
+    files: list[_File | None]
+    if pa.types.is_struct(column.type):
+        fields = {field.name: pc.struct_field(column, field.name) for field in column.type}
+        files = _files(fields["bytes"]) if "bytes" in fields else [None] * len(column)
+        if None in files and "path" in fields:
+            paths = fields["path"].to_pylist()
+            files = [path if file is None else file for file, path in zip(files, paths, strict=True)]
+        return files
+    if "string" in str(column.type):
+        return column.to_pylist()
+    if column.type not in (pa.binary(), pa.large_binary()):
+        column = column.cast(pa.large_binary())
+    files = []
+    for chunk in column.chunks:
+        if not len(chunk):
+            continue
         _, offsets, images = chunk.buffers()
         images = memoryview(images or b"").cast("B")
         width = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32

@@ -9,6 +9,7 @@ without it nobody knows how many rows there are. Later each row has one outcome,
 UserError in its place. What cannot be read alone (a row group) is an error for all its rows.
 """
 
+import re
 import tarfile
 import unicodedata
 from abc import ABC, abstractmethod
@@ -17,18 +18,19 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from mcir.data.files import IMAGE_SUFFIXES, LeftOut, files_at, why_left_out
 from mcir.data.pairs import Pair, pair_folders
-from mcir.data.parquet import open_parquet
+from mcir.data.parquet import Columns, open_parquet
 from mcir.data.rows import Row, Units
 from mcir.errors import UserError
 from mcir.section import Section
 
 FILES_IN_A_UNIT = 16
+_CONVERTED = "refs/convert/parquet"
 
 
 class Source(Section, ABC):
@@ -38,11 +40,13 @@ class Source(Section, ABC):
 
 
 class ParquetSource(Source):
-    """Parquet shards as `mcir data pack` writes them: columns `clean`, `key` and, where paired, `degraded`."""
+    """Parquet shards with columns `clean`, `key` and, where paired, `degraded`, as `mcir data pack` writes them, or
+    others."""
 
     format: Literal["parquet"] = "parquet"
     path: str
     """A folder of *.parquet files, one file, or a glob."""
+    columns: Columns = Columns()
 
     def open(self) -> Units:
         left_out = LeftOut()
@@ -51,7 +55,7 @@ class ParquetSource(Source):
             raise UserError(
                 f"no Parquet files at {self.path}: give a folder of *.parquet files (`mcir data pack` makes them)"
             )
-        return replace(open_parquet(files, self.path), left_out=left_out)
+        return replace(open_parquet(files, self.path, self.columns), left_out=left_out)
 
 
 class HubSource(Source):
@@ -60,30 +64,55 @@ class HubSource(Source):
     format: Literal["hub"]
     repo: str
     """`owner/name`."""
+    config: str | None = None
+    """Its configuration (the Hub's word is subset), where it has several."""
     split: str = "train"
     revision: str | None = None
+    """A branch, tag or commit. `refs/convert/parquet` holds the Hub's own Parquet copy of most datasets that are stored
+    otherwise, whose configuration is `default` where it has no name."""
+    columns: Columns = Columns()
 
     def open(self) -> Units:
         from datasets import load_dataset_builder
 
+        where: dict[str, Any] = {"name": self.config}
+        if self.revision == _CONVERTED:  # which holds no card that says where they are
+            where = {"data_files": {self.split: f"{self.config or 'default'}/{self.split}/*.parquet"}}
         try:
-            splits = load_dataset_builder(self.repo, revision=self.revision).config.data_files or {}
+            splits = load_dataset_builder(self.repo, revision=self.revision, **where).config.data_files or {}
         except Exception as error:
             raise self._unreachable(error) from error
         if self.split not in splits:
             there = ", ".join(map(str, splits))
             raise UserError(f"the Hub dataset {self.repo} has no split {self.split}; it has {there}")
         files = [str(file) for file in splits[self.split]]
-        if other := [file for file in files if not file.endswith(".parquet")]:
-            raise UserError(f"the Hub dataset {self.repo} is not stored as Parquet: split {self.split} has {other[0]}")
+        if other := [file for file in files if not file.lower().endswith(".parquet")]:
+            raise UserError(
+                f"the Hub dataset {self.repo} is not stored as Parquet: split {self.split} has {other[0]}; "
+                f"the Hub may hold a Parquet copy of it: revision: {_CONVERTED}"
+            )
         try:
-            return open_parquet(files, self.repo)
+            return open_parquet(files, self.repo, self.columns)
         except ConnectionError as error:
             raise self._unreachable(error) from error
 
     def _unreachable(self, error: Exception) -> UserError:
+        said = " ".join(str(error).split())
+        if found := re.search(
+            r"Config name is missing. Please pick one among the available configs: (\[[^]]*\])", said
+        ):
+            return UserError(
+                f"the Hub dataset {self.repo} has several configurations: give `config`, one of {found[1]}"
+            )
+        if found := re.search(r"BuilderConfig (\S+) not found. Available: (\[[^]]*\])", said):
+            return UserError(f"the Hub dataset {self.repo} has no configuration {found[1]}; it has {found[2]}")
+        if "scripts are no longer supported" in said:
+            return UserError(
+                f"the Hub dataset {self.repo} is a script, which is not run; the Hub may hold a Parquet copy of it: "
+                f"revision: {_CONVERTED}"
+            )
         return UserError(
-            f"the Hub dataset {self.repo} cannot be opened ({error}); check name, network and HF_HUB_OFFLINE"
+            f"the Hub dataset {self.repo} cannot be opened ({said}); check name, network and HF_HUB_OFFLINE"
         )
 
 

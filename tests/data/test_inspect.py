@@ -64,8 +64,8 @@ def test_all_faults_are_listed_and_the_rest_is_still_counted(folders):
     assert f"{shard}: its checksum is not the card's" in faults
     assert f"{shard}, row 0 (key {rows[0]['key']}), clean: the PNG image is truncated" in faults
     assert "the pairs have several scales: 1, 2" in faults
-    assert f"row 2 (key {rows[1]['key']}): the key is that of {shard}, row 1" in faults
-    assert f"row 2 (key {rows[1]['key']}), degraded: the image is empty" in faults
+    assert f"{shard}, row 2 has the key {rows[1]['key']}, as {shard}, row 1 has" in faults
+    assert f"row 2 (key {rows[1]['key']}), degraded: the image is missing" in faults
     assert len(report.faults) == 5
 
 
@@ -79,9 +79,10 @@ def test_unreadable_and_missing_shards_are_faults(folders):
     report = inspect_packed(folders / "out")
     faults = "\n".join(report.faults)
     assert f"{first}: listed in the card, but not there" in faults
-    assert f"{second}: not a readable Parquet file" in faults
+    assert f"{second} is not a readable Parquet file" in faults
     assert f"{third}: its checksum is not the card's" in faults
-    assert f"{third}, from row 0 on: unreadable" in faults
+    assert f"{third}, rows 0 to 1 (row group 0) cannot be read: its checksum is wrong" in faults
+    assert (report.num_samples, len(report.faults)) == (2, 5)
 
 
 def test_pairs_on_disk_that_do_not_fit(folders):
@@ -104,17 +105,31 @@ def test_a_bad_file_of_a_pair_is_named(folders):
     ]
 
 
-def test_images_that_are_no_structs(tmp_path):
-    pq.write_table(pa.table({"key": ["a"], "clean": [b"image"]}), tmp_path / "0.parquet")
-    assert inspect_packed(tmp_path).faults == [f"{tmp_path / '0.parquet'}: clean must be structs of `bytes` and `path`"]
-
-
-def test_layouts_are_inspected_with_their_own_rules(tmp_path):
+def test_a_subset_of_a_published_dataset_is_no_fault(tmp_path):
     save(tmp_path / "clear/1.png", 48, 64)
     save(tmp_path / "hazy/1_1_0.9.png", 46, 62)
     report = inspect_pairs(find_pairs("reside-its", tmp_path))
-    assert report.faults == ["RESIDE ITS: published with 13,990, found 1"]
+    assert report.faults == []
+    assert report.note == "RESIDE ITS: published with 13,990, found 1"
     assert report.scales == {1: 1}
+
+
+def test_every_missing_half_and_bad_file_is_listed_in_one_look(folders):
+    for i in range(1, 6):
+        (folders / f"degraded/{i}.png").unlink()
+    save(folders / "degraded/x.png", 16, 20)
+    (folders / "clean/0.png").write_bytes(b"")
+    (folders / "degraded/0.png").write_bytes(b"x")
+    save(folders / "clean/.trash/9.png", 8, 8)
+    faults = []
+    pairs = pair_folders(folders / "clean", folders / "degraded", 2, faults=faults)
+    report = inspect_pairs(pairs, faults)
+    for i in range(1, 6):
+        assert f"clean images without a degraded half in {folders / 'degraded'}: {i}.png" in "\n".join(report.faults)
+    assert f"degraded images without their clean half in {folders / 'clean'}: x.png" in report.faults
+    assert sum(str(folders / half / "0.png") in fault for half in ("clean", "degraded") for fault in report.faults) == 2
+    assert len(report.faults) == 8
+    assert report.left_out.lines() == [f"1 hidden, or left over by a file manager ({folders}/clean/.trash/9.png)"]
 
 
 def test_nothing_to_inspect(tmp_path):

@@ -3,14 +3,9 @@
 import io
 import json
 import os
-import re
-import shutil
-import subprocess
-import sys
 import tarfile
 import zlib
 from collections import Counter
-from hashlib import sha1
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +20,6 @@ from mcir.data.rows import Row
 from mcir.data.sources import FILES_IN_A_UNIT, FolderSource, ParquetSource, Source, TarSource
 from mcir.data.stream import DataConfig
 from mcir.errors import UserError
-from tests.hub import serve
 from tests.runs import write_dataset
 
 
@@ -200,106 +194,6 @@ def test_tars_that_repeat_a_key_or_are_none(tmp_path):
         TarSource(format="tars", path=str(tmp_path)).open()
     with pytest.raises(UserError, match="no tar files"):
         TarSource(format="tars", path=str(tmp_path / "nowhere")).open()
-
-
-def of_the_hub(code: str, folder: Path, endpoint: str, **environment: str) -> Any:
-    """What a process prints, as JSON, for which `endpoint` is the Hub; `opened(...)` is there for it."""
-    before = (
-        "import json\n"
-        "from hashlib import sha1\n"
-        "from mcir.data.loader import Loader\nfrom mcir.data.stream import DataConfig\n"
-        "from mcir.data.sources import HubSource\n"
-        "from mcir.errors import UserError\n"
-        "def opened(repo, **source):\n"
-        "    try:\n        return HubSource(format='hub', repo=repo, **source).open()\n"
-        "    except UserError as error:\n        return str(error)\n"
-    )
-    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home")} | environment
-    command = [sys.executable, "-c", before + code]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def test_a_dataset_of_the_hub_is_the_same_as_on_a_disk(dataset, tmp_path):
-    """Its rows, and in workers its order, too; they must not share the connections of the process they come from."""
-    shutil.copytree(dataset, tmp_path / "hub/owner/name")
-    paired = expected_rows(dataset)[0][2] is not None
-    train = {"degradation": None if paired else {"name": "bicubic", "scale": 2}}
-    data = {"crop_size": 16, "num_workers": 2, "shuffle_buffer": 4}
-    code = (
-        "rows = [(row.key, sha1(row.clean).hexdigest()) for row in opened('owner/name')]\n"
-        f"train = {train} | {{'source': {{'format': 'hub', 'repo': 'owner/name'}}}}\n"
-        f"data = DataConfig.model_validate({data} | {{'train': [train]}})\n"
-        "batches = iter(Loader(data, scale=2, batch_size=6, seed=0))\n"
-        "batches = [next(batches) for _ in range(7)]\n"
-        "clean = [sha1(batch.clean.numpy()).hexdigest() for batch in batches]\n"
-        "print(json.dumps([rows, [batch.key for batch in batches], clean]))"
-    )
-    with serve(tmp_path / "hub") as hub:
-        rows, keys, clean = of_the_hub(code, tmp_path, hub.endpoint)
-    assert rows == [[key, sha1(clean).hexdigest()] for key, clean, _ in expected_rows(dataset)]
-    local = {"train": [train | {"source": {"format": "parquet", "path": str(dataset)}}], "num_workers": 0}
-    loader = Loader(DataConfig.model_validate(data | local), scale=2, batch_size=6, seed=0)
-    batches = list(islice(loader, 7))
-    assert keys == [batch.key for batch in batches]
-    assert clean == [sha1(batch.clean.numpy()).hexdigest() for batch in batches]
-
-
-def test_little_more_than_what_is_read_is_fetched_from_the_hub(tmp_path):
-    rng = np.random.default_rng(0)
-    columns = {
-        "key": [str(i) for i in range(24)],
-        "clean": [{"bytes": rng.bytes(2**20), "path": None} for _ in range(24)],
-    }
-    file = tmp_path / "hub/owner/name/train.parquet"
-    file.parent.mkdir(parents=True)
-    pq.write_table(pa.table(columns), file, row_group_size=4, compression="none")
-    code = "units = opened('owner/name')\nprint(sum(len(list(units.rows(u, 0))) for u in (5, 1, 3, 0, 2, 4)))"
-    with serve(tmp_path / "hub") as hub:
-        assert of_the_hub(code, tmp_path, hub.endpoint) == 24
-        assert 1 < hub.num_bytes / file.stat().st_size < 1.1
-
-
-def test_what_the_hub_does_not_have(tmp_path):
-    write_dataset(tmp_path / "hub/owner/name", num_rows=4, num_shards=1)
-    (tmp_path / "hub/owner/text").mkdir(parents=True)
-    (tmp_path / "hub/owner/text/a.csv").write_text("a,b\n1,2\n")
-    code = "print(json.dumps([opened('owner/other'), opened('owner/text'), opened('owner/name', split='test')]))"
-    with serve(tmp_path / "hub") as hub:
-        missing, text, split = of_the_hub(code, tmp_path, hub.endpoint)
-    assert missing.startswith("the Hub dataset owner/other cannot be opened (")
-    assert missing.endswith("); check name, network and HF_HUB_OFFLINE")
-    assert re.search(r"owner/text is not stored as Parquet: split train has .*a\.csv$", text)
-    assert split == "the Hub dataset owner/name has no split test; it has train"
-
-
-@pytest.mark.slow  # huggingface_hub tries five times, for 23 s
-def test_a_hub_that_falls_silent(tmp_path):
-    write_dataset(tmp_path / "hub/owner/name", num_rows=4, num_shards=1)
-    code = (
-        "import datasets, os, urllib.request\n"
-        "datasets.config.STREAMING_READ_MAX_RETRIES = 1\n"
-        "units = opened('owner/name')\n"
-        "urllib.request.urlopen(os.environ['HF_ENDPOINT'] + '/silence')\n"
-        "try:\n    list(units)\n"
-        "except UserError as error:\n    print(json.dumps([str(error), opened('owner/name')]))\n"
-    )
-    with serve(tmp_path / "hub") as hub:
-        inside, opening = of_the_hub(code, tmp_path, hub.endpoint)
-    assert re.search(r"00000\.parquet, rows 0 to 3 \(row group 0\) cannot be read: ", inside)
-    assert inside.endswith("the network or the Hub fails: start again later to continue")
-    assert re.search(
-        r"^the Hub dataset owner/name cannot be opened \(.*\); check name, network and HF_HUB_OFFLINE$", opening
-    )
-
-
-def test_the_hub_is_not_asked_when_offline(tmp_path):
-    """One sentence that names the dataset and the variable, at once."""
-    with serve(tmp_path) as hub:
-        error = of_the_hub("print(json.dumps(opened('owner/name')))", tmp_path, hub.endpoint, HF_HUB_OFFLINE="1")
-    assert error.startswith("the Hub dataset owner/name cannot be opened (")
-    assert "HF_HUB_OFFLINE" in error
 
 
 @pytest.mark.parametrize("listed", ["[1, 2]", "7", '{"a": 1}'])
