@@ -80,6 +80,12 @@ class RunConfig(Section):
         for place, degradation in places:
             if degradation is not None and degradation.scale != scale:
                 faults.append(f"{place}.degradation: its scale is {degradation.scale}, the network's is {scale}")
+        history = self.objective.contrast.negatives if self.objective.contrast else ()
+        if (
+            self.ema_decay is None
+            and (k := next((k for k, s in enumerate(history) if s.source == "ema"), None)) is not None
+        ):
+            faults.append(f"objective.contrast.negatives.{k}.source: ema, but ema_decay is not set")
         if faults:
             raise ValueError("; ".join(faults))
         return self

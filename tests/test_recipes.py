@@ -17,6 +17,7 @@ from mcir.train.engine import build_engine
 from tests.runs import write_dataset
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+CONTRASTS = sorted((CONFIGS / "contrasts").glob("*.yaml"))
 TASKS = ("sr", "dehaze", "derain", "deblur")
 RECIPES = sorted(
     str(path.relative_to(CONFIGS).with_suffix("")) for task in TASKS for path in (CONFIGS / task).glob("*.yaml")

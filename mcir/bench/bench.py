@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -90,9 +91,9 @@ def watched(engine: Engine, watch: Stopwatch) -> Iterator[None]:
     while not isinstance(inner, torch.optim.Optimizer) or hasattr(inner, "optimizer"):
         inner = inner.optimizer
 
-    def timed_update(step: int) -> None:
+    def timed_update(step: int, error: Tensor | None = None) -> None:
         watch.begin("update")
-        update(step)
+        update(step, error)
         watch.begin("other")
 
     def backward_reaches_target(module: nn.Module, given: Any, restored: Tensor) -> None:
@@ -190,7 +191,8 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
             timed = watch.read()
         whole = time.perf_counter() - whole
         memory = memory_gib(device)
-        update = _milliseconds(lambda: engine.negatives.update(0), device, 3) if len(engine.negatives.nets) else None
+        all_due = partial(engine.negatives.update, 0, torch.zeros((), device=device))
+        update = _milliseconds(all_due, device, 3) if len(engine.negatives.nets) else None
         fixed = _take(batches, config.accumulate)
         del batches, micro_batches  # ends the workers
 

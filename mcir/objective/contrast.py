@@ -7,7 +7,7 @@ a scalar in fp32 to be added to the loss, unweighted, whatever its sign. Gradien
 from pydantic import Field, PositiveFloat, model_validator
 
 from mcir.objective.features import FeaturesConfig
-from mcir.objective.negatives import Schedule
+from mcir.objective.schedule import Schedule
 from mcir.objective.weight import TargetRatio
 from mcir.section import Section
 
@@ -20,7 +20,7 @@ def released_negatives() -> tuple[Schedule, ...]:
 class ContrastConfig(Section):
     """What every contrast has."""
 
-    weight: PositiveFloat | TargetRatio = 1e-3
+    weight: PositiveFloat | TargetRatio = TargetRatio(target_ratio=0.05)
     """Factor of the contrast in the loss: a number, or `{target_ratio: 0.05}`, which keeps it at that share of the
     reconstruction loss."""
     features: FeaturesConfig = FeaturesConfig()
@@ -28,18 +28,14 @@ class ContrastConfig(Section):
     """The history: one entry a network. The default is the released FFANet configuration; an empty list has none."""
 
     @property
-    def num_images(self) -> int:
-        """How many images of a restored one the contrast looks at, beside it and the clean one."""
-        return self.num_past
+    def roles(self) -> list[str]:
+        """`negative` or `anchor` for each image of the past, in the order of `Negatives`."""
+        return [schedule.role for schedule in self.negatives for _ in range(schedule.views)]
 
     @property
-    def num_anchors(self) -> int:
-        return sum(schedule.views for schedule in self.negatives if schedule.role == "anchor")
-
-    @property
-    def num_past(self) -> int:
-        """How many of them the history restores."""
-        return sum(schedule.views for schedule in self.negatives)
+    def num_negatives(self) -> int:
+        """How many images are pushed away from."""
+        return self.roles.count("negative")
 
 
 class AgainstImages(ContrastConfig):
@@ -52,11 +48,11 @@ class AgainstImages(ContrastConfig):
     (CCR's images restored by other networks)."""
 
     @property
-    def num_images(self) -> int:
-        return self.num_past + len(self.columns) + self.degraded
+    def num_negatives(self) -> int:
+        return super().num_negatives + len(self.columns) + self.degraded
 
     @model_validator(mode="after")
     def _not_empty(self) -> "AgainstImages":
-        if not self.degraded and not self.columns and all(schedule.role == "anchor" for schedule in self.negatives):
+        if not self.num_negatives:
             raise ValueError("there is nothing to push away from: give negatives, columns or degraded: true")
         return self

@@ -2,47 +2,26 @@
 
 They are made before `accelerator.prepare`, are never prepared themselves and hold no gradients. Whatever shards the
 target, they change in two ways only, both collective and both driven by rank-agreed values: `sync` (once, after
-`prepare`) and `update(step)`, a function of the step.
+`prepare`) and `update`, a function of the step and, for triggered ones, of a number that all ranks gather.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from mcir.errors import UserError
+from mcir.objective.schedule import Schedule
 from mcir.parallel.accelerator import autocast
 from mcir.parallel.shards import broadcast_from_first, full_params
-from mcir.section import Section
 
+Weights = Callable[[], Iterator[tuple[str, Tensor]]]
+"""Gives whole parameters and buffers, as `full_params`; collective."""
 BUCKET_BYTES = 64 * 2**20
 """Gathered tensors are blended in buckets of about this size: the peak extra memory of an update."""
-
-
-class Schedule(Section):
-    """When and how far one negative follows the target: negative = decay * negative + (1 - decay) * target."""
-
-    update_every: PositiveInt = 100
-    """Optimizer steps between two updates; steps count from 1 and the update follows `optimizer.step`."""
-    decay: float = Field(0.1, ge=0, lt=1)
-    """Share of the negative's own past that an update keeps."""
-    start: float = Field(0.0, ge=0, le=1)
-    """Share of a random initialisation of its own that the negative starts with; the rest is the target (0.1 as
-    published)."""
-    role: Literal["negative", "anchor"] = "negative"
-    """`negative` repels; `anchor` attracts, beside the clean image where the contrast has one: for a slow history
-    (SSC-SR, PNE), such as update_every 1 and decay 0.999."""
-    views: PositiveInt = 1
-    """Images that it restores: the degraded one and `views` - 1 noisy copies of it, each an image of the past, at the
-    memory of one network (DCKD: 5)."""
-    view_sigma: tuple[NonNegativeFloat, NonNegativeFloat] = (1.0, 30.0)
-    """Range, of 255, of the copies' white Gaussian noise, drawn for each image; clipped to [0, 1]."""
-    view_gray: float = Field(0.5, ge=0, le=1)
-    """Share of the copies whose noise is the same in all channels."""
 
 
 class Negatives(nn.Module):
@@ -52,48 +31,103 @@ class Negatives(nn.Module):
         target: the network, before `accelerator.prepare`.
         schedules: one for each negative; none is allowed (plain training).
         init: builds a freshly initialised network, needed where a schedule's `start` is above 0.
+        per_image: `all` of them restore each image, or `one`, which is dealt.
     """
 
+    turn: Tensor
+    updated: Tensor
+
     def __init__(
-        self, target: nn.Module, schedules: Sequence[Schedule], init: Callable[[], nn.Module] | None = None
+        self,
+        target: nn.Module,
+        schedules: Sequence[Schedule],
+        init: Callable[[], nn.Module] | None = None,
+        per_image: str = "all",
     ) -> None:
         super().__init__()
         self.schedules = tuple(schedules)
+        self.per_image = per_image
         if init is None and any(schedule.start > 0 for schedule in schedules):
             raise UserError("a negative with start > 0 needs `init`, a function that builds a fresh network")
         self.nets = nn.ModuleList(deepcopy(target) if s.start == 0 or init is None else init() for s in schedules)
         self.nets.requires_grad_(False).eval()
-        self._target: tuple[Accelerator, nn.Module] | None = None  # in a tuple: the target is no submodule
+        self._accelerator: Accelerator | None = None
+        self._weights: dict[str, Weights] = {}
+        # Of triggered ones: the number of updates of all of them, and the step of each one's last.
+        self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("updated", torch.zeros(len(self.schedules), dtype=torch.int64))
 
-    def sync(self, accelerator: Accelerator, target: nn.Module) -> None:
+    def sync(self, accelerator: Accelerator, target: nn.Module, ema: Weights | None = None) -> None:
         """Start every negative from weights that all ranks agree on. Collective; call it once, after `prepare`.
 
-        negative = start * own random initialisation (that of rank 0) + (1 - start) * target.
+        negative = start * own random initialisation (that of rank 0) + (1 - start) * target. `ema` gives the averaged
+        weights whole, where a schedule's source is the EMA.
         """
-        self._target = (accelerator, target)
-        self.nets.to(accelerator.device)
+        self._accelerator = accelerator
+        self._weights = {"target": lambda: full_params(accelerator, target)} | ({"ema": ema} if ema else {})
+        if missing := {schedule.source for schedule in self.schedules} - set(self._weights):
+            raise UserError(f"a negative's source is {missing.pop()}, of which there is none: set ema_decay")
+        self.to(accelerator.device)
         broadcast_from_first(accelerator, [*self.nets.parameters(), *self.nets.buffers()])
-        self._blend({k: schedule.start for k, schedule in enumerate(self.schedules)})
+        self._blend({k: schedule.start for k, schedule in enumerate(self.schedules)}, "target")
 
-    def forward(self, degraded: Tensor) -> list[Tensor]:
+    def forward(self, degraded: Tensor, draw: Sequence[int] | None = None) -> list[Tensor]:
         """What each negative restores from `degraded` (B, 3, H, W): K tensors (B, 3, s * H, s * W), fp32, without
-        gradients; of a negative with several views one after the other. Noise comes from torch's generator."""
-        accelerator, _ = self._attached()
+        gradients; of a negative with several views one after the other. Noise comes from torch's generator.
+
+        Where one is dealt to each image: one tensor in place of all negatives', then the anchors'. The deal is drawn
+        from `draw`, such as (seed, step), equal on all ranks.
+        """
         past: list[Tensor] = []
-        with torch.inference_mode(), autocast(accelerator):
-            for net, schedule in zip(self.nets, self.schedules, strict=True):
+        with torch.inference_mode(), autocast(self._attached()):
+            nets = list(zip(self.nets, self.schedules, strict=True))
+            if self.per_image == "one":
+                past.append(self._dealt([net for net, s in nets if s.role == "negative"], degraded, draw))
+                nets = [(net, schedule) for net, schedule in nets if schedule.role == "anchor"]
+            for net, schedule in nets:
                 past += net(_views(degraded, schedule)).chunk(schedule.views)
         return [p.to(torch.float32, copy=True) for p in past]  # tensors of inference mode would fit into no loss
 
-    def update(self, step: int) -> None:
-        """Move the negatives that are due at this step. Collective where any is due: call it on all ranks."""
-        due = {k: s.decay for k, s in enumerate(self.schedules) if step % s.update_every == 0}
-        if due:
-            self._blend(due)
+    def _dealt(self, nets: Sequence[nn.Module], degraded: Tensor, draw: Sequence[int] | None) -> Tensor:
+        if draw is None:
+            raise UserError("one negative an image is dealt from a seed: negatives(degraded, draw=(seed, step))")
+        rank, num_ranks = self._attached().process_index, self._attached().num_processes
+        mine = deal(len(degraded) * num_ranks, len(nets), np.random.default_rng(draw))[rank::num_ranks]
+        places = [torch.from_numpy(np.flatnonzero(mine == k)) for k in range(len(nets))]
+        order = torch.cat(places).argsort().to(degraded.device, non_blocking=True)  # back from the negatives' order
+        chosen = [
+            (net, p.to(degraded.device, non_blocking=True)) for net, p in zip(nets, places, strict=True) if len(p)
+        ]
+        return torch.cat([net(degraded[p]) for net, p in chosen])[order]
+
+    def update(self, step: int, error: Tensor | None = None) -> None:
+        """Move the negatives that are due at this step. Collective where any is due: call it on all ranks.
+
+        `error`: what triggers look at, this rank's mean over a batch of std(2 (restored - clean)).
+        """
+        decays: dict[int, float | Tensor] = {
+            k: s.decay for k, s in enumerate(self.schedules) if s.trigger is None and s.last_update(step) == step
+        }
+        if self.has_triggers:
+            decays |= self._triggered(step, error)
+        for source in self._weights:
+            self._blend({k: d for k, d in decays.items() if self.schedules[k].source == source}, source)
+
+    @property
+    def has_triggers(self) -> bool:
+        return any(schedule.trigger is not None for schedule in self.schedules)
 
     def age(self, step: int) -> list[int]:
-        """Steps since each negative's last update."""
-        return [step % schedule.update_every for schedule in self.schedules]
+        """Steps since each negative's last update. Waits for the device where one is triggered."""
+        updated = self.updated.tolist() if self.has_triggers else [0] * len(self.schedules)
+        ages = zip(self.schedules, updated, strict=True)
+        return [
+            step - (last if schedule.trigger is not None else schedule.last_update(step)) for schedule, last in ages
+        ]
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the networks; to be overwritten in place by `load`."""
+        return {"negatives.turn": self.turn, "negatives.updated": self.updated} if self.has_triggers else {}
 
     @torch.no_grad()
     def checksum(self) -> Tensor:
@@ -101,14 +135,33 @@ class Negatives(nn.Module):
         bits = [p.view(torch.int32).sum(dtype=torch.int64) for p in self.nets.parameters()]
         return torch.stack(bits).sum() if bits else torch.zeros((), dtype=torch.int64)
 
-    def _attached(self) -> tuple[Accelerator, nn.Module]:
-        if self._target is None:
+    def _attached(self) -> Accelerator:
+        if self._accelerator is None:
             raise RuntimeError("call negatives.sync(accelerator, model) once, after accelerator.prepare")
-        return self._target
+        return self._accelerator
 
     @torch.no_grad()
-    def _blend(self, decays: Mapping[int, float]) -> None:
-        """negative_k = decay_k * negative_k + (1 - decay_k) * target; one gather serves all, buffers are copied."""
+    def _triggered(self, step: int, error: Tensor | None) -> dict[int, Tensor]:
+        """The triggered negatives' decays of this step: 1 for all but the one whose turn it is, and for that one too
+        where the error is low. They stay on the device, so the host need not know which is updated."""
+        if error is None:
+            raise UserError("a triggered negative needs `error`: negatives.update(step, error)")
+        # gathered and not reduced: all ranks add the same numbers in the same order
+        error = self._attached().gather(error.detach().float().reshape(1)).mean()
+        ring = [(k, s.trigger, s.decay) for k, s in enumerate(self.schedules) if s.trigger is not None]
+        decays, turn = {}, self.turn % len(ring)
+        fired = torch.zeros_like(self.turn)
+        for place, (k, threshold, decay) in enumerate(ring):
+            due = (turn == place) & (error > threshold)
+            decays[k] = torch.where(due, decay, 1.0)
+            self.updated[k] = torch.where(due, step, self.updated[k])
+            fired += due
+        self.turn += fired
+        return decays
+
+    @torch.no_grad()
+    def _blend(self, decays: Mapping[int, float | Tensor], source: str) -> None:
+        """negative_k = decay_k * negative_k + (1 - decay_k) * weights; one gather serves all, buffers are copied."""
         if not decays:
             return
         members = {k: dict(self.nets[k].named_parameters()) for k in decays}
@@ -120,19 +173,23 @@ class Negatives(nn.Module):
             for k, decay in decays.items():
                 own: list[Tensor] = [members[k][name] for name in names]
                 torch._foreach_mul_(own, decay)
-                torch._foreach_add_(own, tensors, alpha=1 - decay)
+                if isinstance(decay, float):
+                    torch._foreach_add_(own, tensors, alpha=1 - decay)
+                else:
+                    torch._foreach_add_(own, torch._foreach_mul(tensors, 1 - decay))
             names.clear()
             tensors.clear()
 
         num_bytes = 0
-        for name, tensor in full_params(*self._attached()):
+        for name, tensor in self._weights[source]():
             if name in members[next(iter(decays))]:
                 names.append(name)
-                tensors.append(tensor)
+                tensors.append(tensor if source == "target" else tensor.clone())  # the average gives its place back
                 num_bytes += tensor.nbytes
             elif name in buffers[next(iter(decays))]:
-                for k in decays:
-                    buffers[k][name].copy_(tensor)
+                for k, decay in decays.items():
+                    own_buffer = buffers[k][name]
+                    own_buffer.copy_(tensor if isinstance(decay, float) else torch.where(decay < 1, tensor, own_buffer))
             else:
                 raise UserError(f"FSDP2 split {name} from the parameter it is shared with: train this network with ddp")
             if num_bytes >= BUCKET_BYTES:
@@ -153,3 +210,18 @@ def _views(degraded: Tensor, schedule: Schedule) -> Tensor:
     gray = torch.rand(len(copies), 1, 1, 1, device=copies.device) < schedule.view_gray
     noise = torch.where(gray, noise[:, :1], noise)
     return torch.cat([degraded, (copies + sigma / 255 * noise).clamp(0, 1)])
+
+
+def deal(num_images: int, num_negatives: int, rng: np.random.Generator) -> np.ndarray:
+    """Which negative each of the images of all ranks has, in the order of the batch, of which rank r of R takes every
+    R-th. Any negative is as likely as another for any image, no two counts differ by more than one, and each rank has
+    them equally often where R * K divides the number of images.
+    """
+    columns, left = divmod(num_images, num_negatives)
+    each = rng.permuted(np.tile(np.arange(num_negatives), (columns, 1)), axis=1)  # (columns, K)
+    return np.concatenate([each.T.reshape(-1), rng.permutation(num_negatives)[:left]])
+
+
+def restoration_error(restored: Tensor, clean: Tensor) -> Tensor:
+    """mean_b std(2 (restored - clean)): what triggers look at."""
+    return (2 * (restored.detach().float() - clean)).flatten(1).std(dim=1).mean()

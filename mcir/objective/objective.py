@@ -51,7 +51,9 @@ class Objective(nn.Module):
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__()
         self.reconstruction = Reconstruction(config.reconstruction)
-        self.config = config.contrast if config.contrast and config.contrast.num_images else None
+        self.config = (
+            config.contrast if config.contrast and (config.contrast.roles or config.contrast.num_negatives) else None
+        )
         self.contrast = self.config.build() if self.config else None
         self.weight = Weight(self.config.weight) if self.config else None
 
@@ -68,15 +70,20 @@ class Objective(nn.Module):
             parts |= {f"reconstruction/{name}": value for name, value in terms.items()}
         if self.config is None or self.contrast is None or self.weight is None:
             return {"total": _poisoned(reconstruction), **parts}
-        roles = [schedule.role for schedule in self.config.negatives for _ in range(schedule.views)]
+        roles = self.config.roles
         anchors = [image for image, role in zip(past, roles, strict=False) if role == "anchor"]
         negatives = [image for i, image in enumerate(past) if i >= len(roles) or roles[i] == "negative"]
         if getattr(self.config, "degraded", False):
             negatives.append(enlarged(degraded, clean))
-        weight = self.weight.value
-        contrast = weight * self.contrast.term(restored, clean, negatives, anchors)
+        contrast = self.weight.value * self.contrast.term(restored, clean, negatives, anchors)
         total = _poisoned(reconstruction + contrast)
-        return {"total": total, **parts, "contrast": contrast, "weight": weight}
+        return {"total": total, **parts, "contrast": contrast}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it; to be overwritten in place."""
+        if self.weight is None or self.weight.ratio is None:
+            return {}
+        return {f"weight.{name}": tensor for name, tensor in self.weight.state_dict().items()}
 
     def follow(self, accelerator: Accelerator, losses: Mapping[str, Tensor]) -> None:
         """Take in a step's mean losses of this rank: what moves with them is the same on all. Collective."""

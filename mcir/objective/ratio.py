@@ -40,7 +40,7 @@ class RatioConfig(AgainstImages):
 
     @model_validator(mode="after")
     def _one_threshold_each(self) -> "RatioConfig":
-        expected = self.num_images - self.degraded - self.num_anchors
+        expected = self.num_negatives - self.degraded
         if self.curriculum and len(self.curriculum.thresholds) != expected:
             raise ValueError(f"curriculum.thresholds: {len(self.curriculum.thresholds)} for {expected} negatives")
         return self
@@ -69,7 +69,7 @@ class Ratio(nn.Module):
     def weights(self) -> list[float]:
         """One a negative: of the history, of the columns, of the degraded image."""
         config = self.config
-        weights = [1.0] * (config.num_images - config.degraded - config.num_anchors)
+        weights = [1.0] * (config.num_negatives - config.degraded)
         if config.curriculum:
             gamma, thresholds = config.curriculum.gamma, config.curriculum.thresholds
             weights = [1 + gamma if self.best_psnr > threshold else 1 - gamma for threshold in thresholds]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from mcir.objective.contrast import ContrastConfig
@@ -55,6 +56,23 @@ class SPNConfig(ContrastConfig):
     0.01 to 0.1 of the reconstruction loss (Aitical/MCLIR#4), or give that share as `{target_ratio: 0.05}`."""
 
     name: Literal["spn"] = "spn"
+    negatives_per_image: Literal["all", "one"] = "all"
+    """`one` deals each image of a batch one of the negatives: K cost what one costs, and the expectation of loss and
+    gradient is that of all."""
+
+    @property
+    def roles(self) -> list[str]:
+        if self.negatives_per_image == "all":
+            return super().roles
+        return ["negative", *(role for role in super().roles if role == "anchor")]
+
+    @model_validator(mode="after")
+    def _dealt_without_views(self) -> "SPNConfig":
+        if self.negatives_per_image == "one":
+            dealt = [schedule for schedule in self.negatives if schedule.role == "negative"]
+            if not dealt or any(schedule.views > 1 for schedule in dealt):
+                raise ValueError("negatives_per_image: one deals negatives of one view each, of which there is none")
+        return self
 
     def build(self) -> SPN:
         features = self.features

@@ -17,7 +17,7 @@ from mcir.config import RunConfig
 from mcir.data.loader import Batch, Loader
 from mcir.errors import UserError
 from mcir.evaluation.evaluate import try_first
-from mcir.objective.negatives import Negatives
+from mcir.objective.negatives import Negatives, restoration_error
 from mcir.objective.objective import Objective
 from mcir.parallel.accelerator import AUTOCAST, autocast, build_accelerator, clip_and_guard, precision_of, strategy
 from mcir.parallel.scaling import LossScale
@@ -56,7 +56,8 @@ class Engine:
         if channels_last is None:
             channels_last = self.arch.descriptor.channels_last and accelerator.device.type == "cuda"
         contrast = config.objective.contrast
-        self.negatives = Negatives(net, contrast.negatives if contrast else (), init=self.arch.build)
+        per_image = getattr(contrast, "negatives_per_image", "all")
+        self.negatives = Negatives(net, contrast.negatives if contrast else (), self.arch.build, per_image)
         self.validation = Validation(net)
         if channels_last:
             whole = [self.negatives.nets, self.validation.replica]
@@ -80,8 +81,8 @@ class Engine:
                     block.compile()
         self.model, self.optimizer = accelerator.prepare(net, optimizer)
         self.model.train()
-        self.negatives.sync(accelerator, self.model)
         self.ema = EMA(accelerator, self.model, self.optimizer, config.ema_decay) if config.ema_decay else None
+        self.negatives.sync(accelerator, self.model, self.ema.full if self.ema else None)
         self.loader = Loader(
             config.data,
             scale=self.arch.descriptor.scale,
@@ -94,7 +95,9 @@ class Engine:
         )
         if config.validation:
             try_first(config.validation.sets, self.arch.descriptor.scale)
-        self.state = State(accelerator, config, self.model, self.optimizer, self.negatives, self.ema, self.loader)
+        self.state = State(
+            accelerator, config, self.model, self.optimizer, self.negatives, self.objective, self.ema, self.loader
+        )
         self.state.loss_scale = LossScale(accelerator, self.optimizer) if precision_of(accelerator) == "fp16" else None
         self.state.skipped_in_a_row = torch.zeros((), device=accelerator.device)
         self.most_skipped = torch.zeros((), device=accelerator.device)
@@ -122,8 +125,10 @@ class Engine:
             with self.accelerator.accumulate(self.model):
                 with autocast(self.accelerator):
                     restored = self.model(batch.degraded).float()  # (B, 3, s * H, s * W)
-                    past = self.negatives(batch.degraded)
+                    past = self.negatives(batch.degraded, place[:-1])
                     losses = self.objective(restored, batch.clean, batch.degraded, past)
+                    if self.negatives.has_triggers:
+                        losses["error"] = restoration_error(restored, batch.clean)
                     if batch.weight != 1:
                         losses = {name: value * batch.weight for name, value in losses.items()}
                 self.accelerator.backward(scale(losses["total"]) if scale else losses["total"])
@@ -139,7 +144,7 @@ class Engine:
         self.most_skipped = torch.maximum(self.most_skipped, self.state.skipped_in_a_row)
         if self.ema:
             self.ema.update()
-        self.negatives.update(self.state.step)
+        self.negatives.update(self.state.step, sums.get("error"))
         self.objective.follow(self.accelerator, sums)
         return {**sums, "grad_norm": norm, "skipped": skipped}
 
@@ -192,9 +197,11 @@ class Engine:
                 "Lower the learning rate, set optim.max_grad_norm, or look at the data"
             )
         scalars = {f"optim/{name}": values.pop(name) for name in ("grad_norm", "skipped")}
-        if "contrast" in values:
-            scalars["contrast/weight"] = values.pop("weight")
+        if self.objective.weight is not None:
+            scalars["contrast/weight"] = float(self.objective.weight.value)
             scalars["contrast/share"] = abs(values["contrast"]) / max(abs(values["reconstruction"]), 1e-12)
+        if "error" in values:
+            scalars["negatives/error"] = values.pop("error")
         scalars |= {f"loss/{name}": value for name, value in values.items()}
         scalars |= {f"negatives/age_{k}": float(age) for k, age in enumerate(self.negatives.age(self.state.step))}
         scalars |= {

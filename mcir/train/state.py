@@ -15,6 +15,7 @@ from mcir.config import RunConfig, dump
 from mcir.data.loader import Loader
 from mcir.errors import UserError
 from mcir.objective.negatives import Negatives
+from mcir.objective.objective import Objective
 from mcir.parallel.accelerator import strategy
 from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import full_moments, full_params, load_full_moments, load_full_params
@@ -31,6 +32,7 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     negatives: Negatives
+    objective: Objective
     ema: EMA | None
     loader: Loader
     step: int = 0
@@ -57,6 +59,8 @@ class State:
             files = {"model.safetensors": model} | ({"ema.safetensors": ema} if ema else {})
             if len(self.negatives.nets):
                 files["negatives.safetensors"] = _collect(self.negatives.nets.state_dict().items(), main)
+            if followed := self._followed():
+                files["contrast.safetensors"] = _collect(followed.items(), main)
         rank, world_size = accelerator.process_index, accelerator.num_processes
         mine: dict[str, Tensor] = {}
         for i, (key, tensor) in enumerate(full_moments(accelerator, self.model, self.optimizer)):
@@ -104,12 +108,20 @@ class State:
         if len(self.negatives.nets):
             negatives = _strict(checkpoint.reader("negatives.safetensors"), checkpoint)
             self.negatives.nets.load_state_dict({key: negatives(key) for key in self.negatives.nets.state_dict()})
+        contrast = checkpoint.reader("contrast.safetensors")
+        for key, tensor in self._followed().items():  # where another contrast was trained, it begins here
+            if (followed := contrast(key)) is not None and followed.shape == tensor.shape:
+                tensor.copy_(followed)
         self.step, self.loader.position, self.loader.order = state["step"], state["position"], state["order"]
         self.loader.num_skipped = state["num_skipped"] if self.accelerator.is_main_process else 0
         self.skipped_in_a_row.fill_(state.get("skipped_in_a_row", 0))
         if self.loss_scale and state.get("loss_scale"):
             self.loss_scale.load(state["loss_scale"])
         self.best = tuple(state["best"]) if state["best"] else None
+
+    def _followed(self) -> dict[str, Tensor]:
+        """What the contrast changes as it goes, beside the negatives' weights: to be overwritten in place."""
+        return {**self.objective.state(), **self.negatives.state()}
 
     def num_skipped(self) -> int:
         """Rows left out by all ranks. Collective."""

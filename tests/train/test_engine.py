@@ -93,6 +93,43 @@ def test_six_steps_equal_three_and_three_more(tmp_path):
         assert torch.equal(value, got[key]), key
 
 
+HISTORY: dict = {
+    "contrast": {
+        "name": "ratio",
+        "weight": {"target_ratio": 0.1},
+        "features": {"layers": {"relu1_1": 1.0}, "weights": "random"},
+        "degraded": True,
+        "negatives": [
+            {"trigger": 0.05, "decay": 0.001, "start": 0.1},
+            {"trigger": 0.05, "decay": 0.001, "start": 0.1},
+            {"update_every": [{"until": 2, "every": 1}, {"every": 2}], "source": "ema", "views": 3, "start": 0.1},
+            {"update_every": 1, "decay": 0.9, "role": "anchor", "start": 0.1},
+        ],
+    },
+}
+"""Every kind of history at once, and a weight that follows."""
+
+
+def with_history(folder, **overrides):
+    return tiny_config(folder, objective={"contrast": HISTORY["contrast"]}, **overrides)
+
+
+def test_every_kind_of_history_resumes_to_the_bit(tmp_path):
+    values = with_history(tmp_path, steps=6, tracking={"log_every": 1})
+    whole = build_engine(validate(values, "whole"))
+    assert whole.fit() == 0
+    half = build_engine(validate(values | {"name": "half", "steps": 3}, "half"))
+    assert half.fit() == 0
+    resumed = build_engine(validate(values | {"name": "half"}, "resumed"), resume="auto")
+    assert resumed.fit() == 0
+    expected, got = checkpoint_tensors(whole.run_dir, 6), checkpoint_tensors(resumed.run_dir, 6)
+    assert expected.keys() == got.keys()
+    assert {"contrast.safetensors:weight.value", "contrast.safetensors:negatives.turn"} <= expected.keys()
+    assert expected["contrast.safetensors:negatives.turn"] > 3  # the tiny network's error is high
+    for key, value in expected.items():
+        assert torch.equal(value, got[key]), key
+
+
 def test_no_negatives_trains_plainly(tmp_path):
     """With K = 0 the trained weights are those of the reconstruction loss alone."""
     plain = build_engine(validate(tiny_config(tmp_path, objective={"contrast": None}, steps=2), "plain"))
@@ -272,19 +309,20 @@ class HostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def busy_engine(folder):
+def busy_engine(folder, history=False):
     """Everything a step can do: two micro-batches, clipping, EMA, negatives that are due every step."""
-    values = tiny_config(folder, accumulate=2)
+    values = with_history(folder, accumulate=2) if history else tiny_config(folder, accumulate=2)
     values["optim"]["max_grad_norm"] = 1.0
-    for schedule in values["objective"]["contrast"]["negatives"]:
+    for schedule in [] if history else values["objective"]["contrast"]["negatives"]:
         schedule["update_every"] = 1
     engine = build_engine(validate(values, "test"))
     batches = iter(engine.loader)
     return engine, [[next(batches), next(batches)] for _ in range(4)]
 
 
-def test_no_step_reads_a_value_on_the_host(tmp_path):
-    engine, batches = busy_engine(tmp_path)
+@pytest.mark.parametrize("history", [False, True])
+def test_no_step_reads_a_value_on_the_host(tmp_path, history):
+    engine, batches = busy_engine(tmp_path, history)
     with HostReads() as reads:
         float(torch.ones(()))  # the instrument counts
     assert reads.counted == ["_local_scalar_dense"]
