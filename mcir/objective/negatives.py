@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from mcir.errors import UserError
 from mcir.objective.schedule import Schedule
 from mcir.parallel.accelerator import autocast
+from mcir.parallel.gather import BUCKET_BYTES
 from mcir.parallel.shards import broadcast_from_first, full_params
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 """Gives whole parameters and buffers, as `full_params`; collective."""
-BUCKET_BYTES = 64 * 2**20
-"""Gathered tensors are blended in buckets of about this size: the peak extra memory of an update."""
 
 
 class Negatives(nn.Module):

@@ -8,15 +8,25 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from mcir.config import load
-from mcir.objective import negatives as negatives_module
 from mcir.parallel.accelerator import strategy
-from mcir.parallel.shards import full_params, is_zero, local_masters
+from mcir.parallel.shards import is_zero, local_masters
 from mcir.train.engine import build_engine
 
 
 def num_bytes(tensors) -> int:
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in local}.values())
+
+
+def resident(field: str) -> int:
+    """Bytes: VmRSS now, or VmHWM, the most since the last `reset_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
+
+
+def reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
 
 
 def main(config: str, output: str) -> None:
@@ -38,21 +48,10 @@ def main(config: str, output: str) -> None:
     masters = local_masters(accelerator, engine.model, engine.optimizer) if is_zero(accelerator) else []
     states = [v for state in inner.state.values() for v in state.values() if torch.is_tensor(v) and v.numel() > 1]
 
-    alive, peak = 0, 0  # bytes of gathered tensors that an update of the negatives holds at once
-
-    def watched(*arguments):
-        nonlocal alive, peak
-        held = []
-        for name, tensor in full_params(*arguments):
-            held.append(tensor.nbytes)
-            alive += tensor.nbytes
-            peak = max(peak, alive)
-            yield name, tensor
-            if sum(held) >= negatives_module.BUCKET_BYTES:  # the consumer has flushed
-                alive, held = 0, []
-
-    negatives_module.full_params = watched
+    engine.negatives.update(2)  # what the first one leaves allocated is not its peak
+    before = reset_peak()
     engine.negatives.update(2)
+    peak = resident("VmHWM") - before
     record = {
         "strategy": strategy(accelerator),
         "target": num_bytes([*weights, *masters]),

@@ -6,7 +6,7 @@ import pytest
 
 from mcir.bench.memory import plan
 from mcir.config import validate
-from mcir.objective.negatives import BUCKET_BYTES
+from mcir.parallel.gather import BUCKET_BYTES
 from tests.distributed.launch import ROOT, run, write_config
 from tests.runs import tiny_config
 
@@ -50,5 +50,7 @@ def test_the_plan_is_what_the_processes_hold(tmp_path, name):
         for part in planned:
             if part != "activations":
                 assert held[part] == pytest.approx(planned[part], rel=0.03), part
+        # Of 404 MB, in resident memory: two buckets on their way, each with its sent half, the tensors cut out of one,
+        # and those that wait to be blended; the last tensor of a bucket may be the largest.
         largest = 4 * 256 * 1024 * 9  # the upsampler's convolution
-        assert held["peak of an update"] <= BUCKET_BYTES + largest
+        assert held["peak of an update"] <= 5 * (BUCKET_BYTES + largest)
