@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from mcir.errors import UserError
 from mcir.section import to_yaml
 from mcir.study.study import study
+from tests.distributed.launch import run
 from tests.runs import tiny_config, write_dataset
 
 
@@ -142,3 +143,43 @@ def test_stopped_and_killed_it_goes_on(folder):
         both = [load_file(o / "runs" / name / "checkpoints/step-00000060/model.safetensors") for o in (output, whole)]
         assert all(torch.equal(both[0][key], both[1][key]) for key in both[0])
     assert not (output / "runs" / "spn.seed0-2").exists()
+
+
+@pytest.mark.slow
+def test_under_a_launcher_its_processes_share_each_run(folder):
+    """One network on two processes, run after run; the same pairs as in one process."""
+    output, options = folder / "launched", ["--seeds", "1"]
+    chosen = [
+        "study",
+        str(folder / "base.yaml"),
+        "--arms",
+        *arms(folder, "plain", "spn"),
+        *options,
+        "--output",
+        str(output),
+    ]
+    done = run("ddp_cpu", *chosen, timeout=900)
+    assert done.returncode == 0, done.stdout
+    content = json.loads((output / "study.json").read_text())
+    assert {run["state"] for run in content["runs"]} == {"finished"}
+    record = json.loads((output / "runs" / "spn.seed0" / "run.json").read_text())
+    assert record["starts"][-1]["environment"]["world_size"] == 2
+    again = run("ddp_cpu", *chosen, timeout=900)
+    assert again.stdout.count("is finished") == 2, again.stdout
+
+
+@pytest.mark.slow
+def test_equal_time_measures_and_side_by_side_trains(folder):
+    """spn's negatives and features cost time, so it gets fewer steps than plain in the time of plain's."""
+    output, chosen = folder / "time", arms(folder, "plain", "spn")
+    base, options = [str(folder / "base.yaml")], ["steps=40", "validation.every=40"]
+    with pytest.raises(UserError, match="run the same command with --dry-run once"):
+        study(base, options, chosen, output, num_seeds=1, equal="time", only=0)
+    assert study(base, options, chosen, output, num_seeds=1, equal="time", dry_run=True) == 0
+    steps = json.loads((output / "steps.json").read_text())
+    assert steps["plain"] == 40
+    assert 1 <= steps["spn"] < 40
+    assert study(base, options, chosen, output, num_seeds=1, equal="time", jobs=2) == 0
+    content = json.loads((output / "study.json").read_text())
+    assert [run["step"] for run in content["runs"]] == [40, steps["spn"]]
+    assert json.loads((output / "steps.json").read_text()) == steps
