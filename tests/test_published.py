@@ -110,6 +110,17 @@ def test_the_numbers_are_the_published_ones(name):
         assert config.optim.lr(step, config.steps) == pytest.approx(rate, rel=1e-6, abs=1e-15), step
 
 
+def test_the_all_in_one_recipe_is_promptirs_with_another_network_and_its_history():
+    config = load([CONFIGS / "all_in_one" / "nafnet_w32_noise_rain_haze.yaml"])
+    other = recipe("promptir")
+    assert (config.data, config.optim, config.validation) == (other.data, other.optim, other.validation)
+    assert (config.steps, config.batch_size) == (other.steps, other.batch_size)
+    assert config.data.labels == ["noise15", "noise25", "noise50", "rain", "haze"]
+    assert config.validation is not None
+    assert config.validation.best == "mean/psnr"
+    assert config.objective.num_negatives == 4
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_trains_two_steps_and_validates(name, tmp_path):
     text = (CONFIGS / "published" / f"{name}.yaml").read_text()

@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from mcir.data.resize import imresize
+from mcir.data.resize import imresize, imresize_crop
 from mcir.section import Section
 
 
@@ -59,6 +59,19 @@ class Bicubic(Degradation):
         if height % self.scale or width % self.scale:
             raise ValueError(f"crop the clean image ({height} x {width}) to a multiple of {self.scale} first")
         return imresize(clean, Fraction(1, self.scale))
+
+
+class LowResolution(Degradation):
+    """Smaller by `factor` and enlarged again, both with MATLAB's bicubic imresize: super-resolution with a degraded
+    image of the clean one's size, beside other tasks of a network that keeps the size."""
+
+    name: Literal["low_resolution"] = "low_resolution"
+    scale: ClassVar[int] = 1
+    factor: Literal[2, 3, 4] = 4
+
+    def __call__(self, clean: Tensor, rng: np.random.Generator) -> Tensor:
+        height, width = clean.shape[-2:]
+        return imresize_crop(imresize(clean, Fraction(1, self.factor)), self.factor, 0, 0, height, width)
 
 
 class Noise(Degradation):
@@ -175,7 +188,7 @@ class Rain(Degradation):
 
 
 AnyDegradation = Annotated[
-    Bicubic | Noise | Jpeg | GaussianBlur | MotionBlur | Haze | Rain, Field(discriminator="name")
+    Bicubic | LowResolution | Noise | Jpeg | GaussianBlur | MotionBlur | Haze | Rain, Field(discriminator="name")
 ]
 
 

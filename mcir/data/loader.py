@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from mcir.data.stream import DataConfig, Failure, Reader, Sample, SampleStream
+from mcir.data.stream import DataConfig, Failure, Label, Reader, Sample, SampleStream
 from mcir.data.transforms import Pixels
 from mcir.errors import UserError
 
@@ -47,13 +47,15 @@ class Batch:
 
     `weight` is the share of this rank's places in the batch that hold a usable sample, by which its loss counts; the
     sum over ranks then is the same for any number of them. Where that is 0 there is no key, and the images are one of
-    noise, for the sake of the steps that all ranks take together.
+    noise, for the sake of the steps that all ranks take together. `source` (B,) are the samples' places in
+    `data.train`, where it has several.
     """
 
     degraded: Tensor
     clean: Tensor
     key: list[str]
     weight: float = 1.0
+    source: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class _Chunk:
     """Some samples of one worker, in order: a key or a failure each. Images of 8 bits lie in `slot` of its memory, by
     the sample's place among these; others come along."""
 
-    labels: list[str | Failure]
+    labels: list[Label | Failure]
     slot: int
     others: dict[int, tuple[Pixels, Pixels]]
 
@@ -90,8 +92,8 @@ class _Memory:
             if isinstance(sample, Failure):
                 chunk.labels.append(sample)
                 continue
-            key, *images = sample
-            chunk.labels.append(key)
+            label, *images = sample
+            chunk.labels.append(label)
             if all(image.dtype == np.uint8 for image in images):
                 for memory, image in zip(place, images, strict=True):
                     memory[...] = image
@@ -157,7 +159,7 @@ class Loader:
         size, unusable = self.batch_size // self.world_size // self.accumulate, 0
         with closing(self._samples(size)) as samples:  # an error keeps this frame, and must not keep the workers
             while True:
-                keys: list[str] = []
+                labels: list[Label] = []
                 degraded, clean = (
                     self._empty(size, side) for side in (self.data.crop_size // self.scale, self.data.crop_size)
                 )
@@ -167,13 +169,13 @@ class Loader:
                         self._skip(sample, unusable)
                         continue
                     unusable = 0
-                    key, *images = sample
+                    label, *images = sample
                     degraded, clean = (
-                        _put(batch, len(keys), image) for batch, image in zip((degraded, clean), images, strict=True)
+                        _put(batch, len(labels), image) for batch, image in zip((degraded, clean), images, strict=True)
                     )
-                    keys.append(key)
+                    labels.append(label)
                 self.position += self.batch_size // self.accumulate
-                yield self._batch(degraded, clean, keys, len(keys) / size)
+                yield self._batch(degraded, clean, labels, len(labels) / size)
 
     def _skip(self, failure: Failure, unusable: int) -> None:
         if self.data.on_error == "fail":
@@ -241,17 +243,22 @@ class Loader:
             return torch.empty(size, 3, side, side)
         return torch.empty(size, 3, side, side, dtype=torch.uint8, pin_memory=True)
 
-    def _batch(self, degraded: Tensor, clean: Tensor, keys: list[str], weight: float) -> Batch:
-        if not keys:
+    def _batch(self, degraded: Tensor, clean: Tensor, labels: list[Label], weight: float) -> Batch:
+        if not labels:
             degraded, clean = (_noise(images[:1]) for images in (degraded, clean))
-        num = max(1, len(keys))
-        return Batch(self._to_device(degraded[:num]), self._to_device(clean[:num]), keys, weight)
+        num = max(1, len(labels))
+        source = None
+        if len(self.data.train) > 1:
+            places = torch.tensor([place for _, place in labels] or [0])
+            source = self._to_device(places if self._copies is None else places.pin_memory())
+        keys = [key for key, _ in labels]
+        return Batch(self._to_device(degraded[:num]), self._to_device(clean[:num]), keys, weight, source)
 
-    def _to_device(self, images: Tensor) -> Tensor:
+    def _to_device(self, values: Tensor) -> Tensor:
         if self._copies is None:
-            return images
+            return values
         with torch.cuda.stream(self._copies):  # beside the step that the device is still busy with
-            batch = to_float(images.to(self.device, non_blocking=True))
+            batch = to_float(values.to(self.device, non_blocking=True))
         step = torch.cuda.current_stream(self.device)
         step.wait_stream(self._copies)
         batch.record_stream(step)

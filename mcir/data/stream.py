@@ -3,10 +3,10 @@
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mcir.data.degrade import AnyDegradation
 from mcir.data.order import VERSION, Mixture, Order, share
@@ -25,6 +25,8 @@ class TrainSource(Section):
     """Share of this source in the mixture, relative to the others."""
     degradation: AnyDegradation | None = None
     """Makes `degraded` on the fly where the source holds clean images only."""
+    label: str | None = None
+    """Its name in curves and tables of several sources; by default its place in the list."""
 
 
 class DataConfig(Section):
@@ -45,9 +47,22 @@ class DataConfig(Section):
     adds nothing to the gradient. A row group or tar that turns unreadable counts row by row; what cannot be found or
     opened at the start always stops the run."""
 
+    @property
+    def labels(self) -> list[str]:
+        """Of the sources, each its own."""
+        return [str(i) if source.label is None else source.label for i, source in enumerate(self.train)]
 
-Sample = tuple[str, Pixels, Pixels]
-"""key, degraded (3, h, w), clean (3, s * h, s * w)"""
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        if repeated := sorted({label for label in self.labels if self.labels.count(label) > 1}):
+            raise ValueError(f"data.train: two sources are labelled {', '.join(repeated)}")
+        return self
+
+
+Label = tuple[str, int]
+"""key of a sample, place of its source in `data.train`"""
+Sample = tuple[Label, Pixels, Pixels]
+"""label, degraded (3, h, w), clean (3, s * h, s * w)"""
 
 
 @dataclass(frozen=True)
@@ -128,7 +143,7 @@ class SampleStream:
             pair = training_pair(row, self.data.crop_size, self.scale, train.degradation, self.data.augment, rng)
         except UserError as error:
             return Failure(str(error))
-        return (row.key, *pair)
+        return ((row.key, which), *pair)
 
 
 class SourceStream:

@@ -56,3 +56,11 @@ def results_table(baseline_name: str, scores: Mapping[str, tuple[Scores, Scores]
             f"{after['psnr'] - before['psnr']:+.2f} dB",
         )
     return table
+
+
+def sources_table(sources: Mapping[str, Mapping[str, float]]) -> Table:
+    """What `mcir.objective.sources` read of the samples of each source."""
+    table = Table("source", "share of samples", "loss", "PSNR of training crops")
+    for label, values in sources.items():
+        table.add_row(label, f"{values['share']:.0%}", f"{values['loss']:.4g}", f"{values['psnr']:.2f} dB")
+    return table

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from mcir.objective.infonce import InfoNCEConfig
 from mcir.objective.ratio import RatioConfig
 from mcir.objective.reconstruction import L1, Reconstruction, Terms
+from mcir.objective.sources import by_source
 from mcir.objective.spn import SPNConfig
 from mcir.objective.weight import Weight
 from mcir.section import Section
@@ -48,8 +49,9 @@ class ObjectiveConfig(Section):
 class Objective(nn.Module):
     """Holds the frozen features, the weight of the contrast, and what a contrast trains beside the target."""
 
-    def __init__(self, config: ObjectiveConfig) -> None:
+    def __init__(self, config: ObjectiveConfig, num_sources: int = 1) -> None:
         super().__init__()
+        self.num_sources = num_sources
         self.reconstruction = Reconstruction(config.reconstruction)
         self.config = (
             config.contrast if config.contrast and (config.contrast.roles or config.contrast.num_negatives) else None
@@ -57,17 +59,28 @@ class Objective(nn.Module):
         self.contrast = self.config.build() if self.config else None
         self.weight = Weight(self.config.weight) if self.config else None
 
-    def forward(self, restored: Tensor, clean: Tensor, degraded: Tensor, past: Sequence[Tensor]) -> dict[str, Tensor]:
+    def forward(
+        self,
+        restored: Tensor,
+        clean: Tensor,
+        degraded: Tensor,
+        past: Sequence[Tensor],
+        source: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """The loss to minimise, `total`, and its parts: scalars in fp32, terms of a sum by name, `contrast` with its
         weight and sign.
 
         `past`: what the history restored, then the images of further columns, as the contrast's config lists them.
+        `source` (B,): where the samples are from; then the parts say what each source adds (sources.py).
         """
-        terms = {name: values.mean() for name, values in self.reconstruction(restored, clean).items()}
+        images = self.reconstruction(restored, clean)
+        terms = {name: values.mean() for name, values in images.items()}
         reconstruction = torch.stack(list(terms.values())).sum()
         parts = {"reconstruction": reconstruction}
         if len(terms) > 1:
             parts |= {f"reconstruction/{name}": value for name, value in terms.items()}
+        if source is not None:
+            parts |= by_source(sum(images.values()), restored, clean, source, self.num_sources)
         if self.config is None or self.contrast is None or self.weight is None:
             return {"total": _poisoned(reconstruction), **parts}
         roles = self.config.roles

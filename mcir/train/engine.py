@@ -17,8 +17,10 @@ from mcir.config import RunConfig
 from mcir.data.loader import Batch, Loader
 from mcir.errors import UserError
 from mcir.evaluation.evaluate import try_first
+from mcir.evaluation.pictures import sources_table
 from mcir.objective.negatives import Negatives, restoration_error
 from mcir.objective.objective import Objective
+from mcir.objective.sources import PREFIX, read_sources
 from mcir.parallel.accelerator import AUTOCAST, autocast, build_accelerator, clip_and_guard, precision_of, strategy
 from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import cuts_weights
@@ -67,7 +69,7 @@ class Engine:
                 whole.append(net)
             for module in whole:
                 module.to(memory_format=torch.channels_last)
-        self.objective = Objective(config.objective).to(accelerator.device)
+        self.objective = Objective(config.objective, len(config.data.train)).to(accelerator.device)
         if accelerator.is_main_process and contrast and contrast.features.weights == "random":
             log.warning(
                 "the features have random weights (seeded He initialisation): these are not the network's numbers"
@@ -126,7 +128,7 @@ class Engine:
                 with autocast(self.accelerator):
                     restored = self.model(batch.degraded).float()  # (B, 3, s * H, s * W)
                     past = self.negatives(batch.degraded, place[:-1])
-                    losses = self.objective(restored, batch.clean, batch.degraded, past)
+                    losses = self.objective(restored, batch.clean, batch.degraded, past, batch.source)
                     if self.negatives.has_triggers:
                         losses["error"] = restoration_error(restored, batch.clean)
                     if batch.weight != 1:
@@ -197,6 +199,9 @@ class Engine:
                 "Lower the learning rate, set optim.max_grad_norm, or look at the data"
             )
         scalars = {f"optim/{name}": values.pop(name) for name in ("grad_norm", "skipped")}
+        sources = read_sources(values, self.config.data.labels)
+        values = {name: value for name, value in values.items() if not name.startswith(PREFIX)}
+        scalars |= {f"{PREFIX}{label}/{name}": value for label, of in sources.items() for name, value in of.items()}
         if self.objective.weight is not None:
             scalars["contrast/weight"] = float(self.objective.weight.value)
             scalars["contrast/share"] = abs(values["contrast"]) / max(abs(values["reconstruction"]), 1e-12)
@@ -214,6 +219,8 @@ class Engine:
         tracker.scalars(self.state.step, scalars)
         tracker.status(self.state.step, values, speed, wait)
         self.record.update(step=self.state.step, images_per_s=speed)
+        if sources and self.state.step == self.config.steps and self.accelerator.is_main_process:
+            tracker.console.print(sources_table(sources))
 
     def begin(self, start: runs.Start) -> None:
         """Open the run directory: from now on a run is there. Collective."""

@@ -12,6 +12,7 @@ from mcir.data.degrade import (
     GaussianBlur,
     Haze,
     Jpeg,
+    LowResolution,
     MotionBlur,
     Noise,
     Rain,
@@ -21,7 +22,7 @@ from mcir.data.degrade import (
 )
 from mcir.data.resize import imresize
 
-ALL = [Bicubic(scale=2), Noise(), Jpeg(), GaussianBlur(), MotionBlur(), Haze(), Rain()]
+ALL = [Bicubic(scale=2), LowResolution(factor=3), Noise(), Jpeg(), GaussianBlur(), MotionBlur(), Haze(), Rain()]
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -47,12 +48,12 @@ def test_type_size_and_seed(degradation):
         assert degraded.dtype == image.dtype
         assert tuple(degraded.shape) == (3, 60 // degradation.scale, 84 // degradation.scale)
         assert torch.equal(degraded, degradation(image, rng(1)))
-        if degradation.name != "bicubic":
+        if degradation.name not in ("bicubic", "low_resolution"):
             assert not torch.equal(degraded, degradation(image, rng(2)))
     assert torch.equal(clean, before)  # the clean image is not written to
     quantised = degradation(clean, rng(1)).float()
     unquantised = degradation(clean.float() / 255, rng(1)).clamp(0, 1) * 255
-    assert (quantised - unquantised).abs().max() <= (1.5 if degradation.name == "bicubic" else 0.51)
+    assert (quantised - unquantised).abs().max() <= {"bicubic": 1.5, "low_resolution": 3}.get(degradation.name, 0.51)
 
 
 def test_config_is_a_union_by_name():
@@ -80,6 +81,16 @@ def test_bicubic_is_imresize(scale):
     assert torch.equal(Bicubic(scale=scale)(photo(), rng()), imresize(photo(), 1 / scale))
     with pytest.raises(ValueError, match="multiple"):
         Bicubic(scale=scale)(photo(61, 85), rng())
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_low_resolution_is_imresize_there_and_back_at_the_same_size(factor):
+    image = photo(60, 84)
+    expected = imresize(imresize(image, 1 / factor), factor)
+    assert torch.equal(LowResolution(factor=factor)(image, rng()), expected)
+    odd = LowResolution(factor=factor)(photo(61, 85), rng())  # no multiple of the factor
+    assert odd.shape == (3, 61, 85)
+    assert (odd[:, :50, :70].float() - expected[:, :50, :70].float()).abs().max() <= 12  # the same but at borders
 
 
 @pytest.mark.parametrize("sigma", [5, 25, 50])

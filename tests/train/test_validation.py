@@ -53,6 +53,48 @@ def test_the_best_checkpoint_of_several_sets_and_what_is_published_of_them(tmp_p
     assert "no set holds published results" in capsys.readouterr().err
 
 
+def test_super_resolution_noise_and_haze_in_one_run(tmp_path, capsys):
+    """Each source has its curves, whose mean, weighted by its share, is that of the run."""
+    values = tiny_config(tmp_path, steps=6, arch={"name": "nafnet", "width": 4, "num_encoder_blocks": [1, 1]})
+    source = values["data"]["train"][0]["source"]
+    values["arch"] |= {"num_middle_blocks": 1, "num_decoder_blocks": [1, 1]}
+    degradations = [
+        ("noise", {"name": "noise", "sigma": 50}), ("haze", {"name": "haze"}), ("x4", {"name": "low_resolution"}),
+    ]  # fmt: skip
+    values["data"]["train"] = [
+        {"source": source, "degradation": degradation, "label": label, "weight": 1 + (label == "haze")}
+        for label, degradation in degradations
+    ]
+    values["objective"]["reconstruction"] = [{"name": "l1"}, {"name": "fft", "weight": 0.1}]
+    values["tracking"] = {"log_every": 3}
+    engine = build_engine(validate(values, "run"))
+    engine.fit()
+    events = EventAccumulator(str(engine.run_dir / "tensorboard")).Reload()
+
+    def curve(tag):
+        return [point.value for point in events.Scalars(tag)]
+
+    parts = ("share", "loss", "psnr")
+    curves = {label: [curve(f"source/{label}/{part}") for part in parts] for label, _ in degradations}
+    whole = curve("loss/reconstruction")
+    for step, loss in enumerate(whole):
+        assert sum(share[step] for share, _, _ in curves.values()) == pytest.approx(1)
+        assert sum(share[step] * losses[step] for share, losses, _ in curves.values()) == pytest.approx(loss, rel=1e-5)
+        terms = [curve(f"loss/reconstruction/{name}")[step] for name in ("l1", "fft")]
+        assert sum(terms) == pytest.approx(loss, rel=1e-5)
+    assert all(5 < value < 60 for _, _, psnr in curves.values() for value in psnr)
+    shown = capsys.readouterr().out
+    assert all(label in shown.split("share of samples")[1] for label, _ in degradations)
+
+
+def test_two_sources_of_one_label(tmp_path):
+    values = tiny_config(tmp_path)
+    (source,) = values["data"]["train"]
+    values["data"]["train"] = [source | {"label": "a"}, source | {"label": "a"}]
+    with pytest.raises(UserError, match="two sources are labelled a"):
+        validate(values, "run")
+
+
 def test_no_set_is_called_as_their_mean(tmp_path):
     values = tiny_config(tmp_path)
     sets = several_sets(tmp_path)
