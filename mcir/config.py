@@ -45,6 +45,9 @@ class RunConfig(Section):
     optim: OptimConfig
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an EMA of the weights for evaluation, updated each step (not a negative); null: none."""
+    ema_warmup: bool = True
+    """Whether the decay rises to `ema_decay` as min(ema_decay, (1 + step) / (10 + step)), so that short runs do not
+    average their initial weights. Published recipes go without: false."""
     validation: ValidationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -150,6 +150,7 @@ def test_the_numbers_are_the_published_ones(name):
         protocol,
     )
     assert found == PUBLISHED[name]
+    assert not (config.ema_decay and config.ema_warmup)
     for step, rate in RATES[name].items():
         assert config.optim.lr(step, config.steps) == pytest.approx(rate, rel=1e-6), step
 

@@ -83,7 +83,8 @@ class Engine:
                     block.compile()
         self.model, self.optimizer = accelerator.prepare(net, optimizer)
         self.model.train()
-        self.ema = EMA(accelerator, self.model, self.optimizer, config.ema_decay) if config.ema_decay else None
+        decay, warmup = config.ema_decay, config.ema_warmup
+        self.ema = EMA(accelerator, self.model, self.optimizer, decay, warmup) if decay else None
         self.negatives.sync(accelerator, self.model, self.ema.full if self.ema else None)
         self.loader = Loader(
             config.data,
@@ -145,7 +146,7 @@ class Engine:
         self.state.skipped_in_a_row = (self.state.skipped_in_a_row + skipped) * skipped
         self.most_skipped = torch.maximum(self.most_skipped, self.state.skipped_in_a_row)
         if self.ema:
-            self.ema.update()
+            self.ema.update(self.state.step)
         self.negatives.update(self.state.step, sums.get("error"))
         self.objective.follow(self.accelerator, sums)
         return {**sums, "grad_norm": norm, "skipped": skipped}

@@ -37,6 +37,8 @@ class Validation:
         scale, num_pictures = state.config.arch.descriptor.scale, state.config.tracking.num_images
         self._fill(state)
         kind = "ema" if state.ema and config.weights != "target" else "target"
+        if state.ema and kind == "ema" and (youth := state.ema.youth(state.step)):
+            tracker.message(f"step {state.step}: {youth}")
         results: dict[str, tuple[Scores, list[Picture]]] = {}
         for name, data in config.sets.items():
             scores, pictures = evaluate(

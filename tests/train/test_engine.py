@@ -46,6 +46,7 @@ def test_reproduces_the_published_multi_negative_trajectory(golden, shared_data,
             },
             optim={"optimizer": {"name": "adam", "lr": 2e-4, "betas": [0.9, 0.99]}},
             ema_decay=case["ema_decay"],
+            ema_warmup=False,
         ),
         "golden case",
     )

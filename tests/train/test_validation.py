@@ -38,6 +38,7 @@ def test_the_best_checkpoint_of_several_sets_and_what_is_published_of_them(tmp_p
         assert both.value == pytest.approx((a.value + b.value) / 2, rel=1e-6)
     assert engine.state.best[0] == pytest.approx(max(value.value for value in mean), rel=1e-6)
     shown = capsys.readouterr().out
+    assert "step 2: the average of the weights is 2 steps old" in shown
     assert "2 sets" in shown  # the row of the mean in the last table
 
     config = write_config(tmp_path / "config.yaml", values)
