@@ -24,10 +24,10 @@ CleanPattern = Annotated[str, typer.Option(help="Names of clean images, where --
 Split = Annotated[str | None, typer.Option(help="Part of a layout that has several, such as train or test.")]
 Scale = Annotated[int, typer.Option(min=1, help="Clean side / degraded side; 1 where they are equal.")]
 
-_SPLITS: dict[str | None, Literal["train", "validation", "test"]] = {  # what a layout or a user calls a part -> the Hub
-    None: "train",
+_SPLITS: dict[str, Literal["train", "validation", "test"]] = {  # what a layout or a user calls a part -> the Hub
     "train": "train",
     "valid": "validation",
+    "val": "validation",
     "validation": "validation",
     "test": "test",
 }
@@ -41,9 +41,7 @@ def pack(
     degraded: Degraded = None,
     pattern: Pattern = "{key}",
     clean_pattern: CleanPattern = "{key}",
-    split: Annotated[
-        str | None, typer.Option(help="Part of a layout that has several; also names the shards (train).")
-    ] = None,
+    split: Annotated[str | None, typer.Option(help="Part of a layout that has several; also names the shards.")] = None,
     scale: Scale = 1,
     crop_size: Annotated[
         int | None, typer.Option(help="Cut clean images into squares of this side (DIV2K: 480).")
@@ -64,10 +62,11 @@ def pack(
     from mcir.data.pack import Options
     from mcir.data.pack import pack as write
 
-    if split not in _SPLITS:
+    if split and split not in _SPLITS:
         raise UserError(f"--split {split}: choose train, validation or test, or one that the --layout has")
     if crop_format not in ("png", "webp"):
         raise UserError(f"--crop-format {crop_format}: choose png or webp")
+    pairs = _pairs(source, layout, degraded, split, scale, (pattern, clean_pattern))
     options = Options(
         crop_size=crop_size,
         crop_step=crop_step,
@@ -76,9 +75,8 @@ def pack(
         num_shards=num_shards,
         shard_bytes=shard_mib * 2**20,
         degradation=_degradation(degradation),
-        split=_SPLITS[split],
+        split=_SPLITS[split] if split else pairs.split,
     )
-    pairs = _pairs(source, layout, degraded, split, scale, (pattern, clean_pattern))
     if pairs.note:
         print(f"{pairs.title}: {pairs.note}")
     for line in pairs.left_out.lines():

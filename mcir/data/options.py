@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mcir.data.degrade import AnyDegradation
-from mcir.data.pairs import Pairs
+from mcir.data.pairs import Pairs, Split
 from mcir.errors import UserError
 
 
@@ -23,7 +23,7 @@ class Options:
     num_shards: int | None = None
     shard_bytes: int = 256 * 2**20
     """Size that decides the number of shards where num_shards does not."""
-    split: Literal["train", "validation", "test"] = "train"
+    split: Split = "train"
     degradation: AnyDegradation | None = None
     """Makes the degraded images of clean-only samples, once and for all, seeded by `seed` and the sample's key."""
 

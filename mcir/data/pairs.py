@@ -10,9 +10,13 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from typing import Literal
 
 from mcir.data.files import IMAGE_SUFFIXES, LeftOut, files_below
 from mcir.errors import UserError
+
+Split = Literal["train", "validation", "test"]
+"""What the Hub calls the parts of a dataset."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Pairs:
     """Where the count differs from the published one: what was expected."""
     left_out: LeftOut = field(default_factory=LeftOut)
     """Files in the folders that take no part, and why."""
+    split: Split = "train"
+    """What the samples are for, as far as a published dataset says."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class Names:
     """The clean image's name, of the groups of `degraded`."""
     suffixes: tuple[str, str] = "", ""
     """Which the degraded and the clean file must have; empty: any."""
+    clean_names: str = ""
+    """Regular expression of clean images' names, which tells them from degraded ones in the same folder."""
     pattern: str = ""
     """As the user gave it."""
 
@@ -90,7 +98,8 @@ class Names:
         # One degraded image to a clean one: they share the key. Many: each is named after itself.
         degraded = f"({whole})" if "*" in stem else whole
         clean = clean_stem.replace("\\", r"\\").replace("{key}", r"\g<key>")
-        return cls(degraded, clean, (suffix, clean_suffix), pattern)
+        clean_names = ".+".join(map(re.escape, clean_stem.split("{key}")))
+        return cls(degraded, clean, (suffix, clean_suffix), clean_names, pattern)
 
 
 def pair_folders(
@@ -140,9 +149,14 @@ def match(
     left_out: LeftOut,
     clean_images: Mapping[str, Path] | None = None,
 ) -> list[Pair]:
-    """The pairs of two folders; their keys begin with `prefix`."""
+    """The pairs of two folders, or of one that holds both halves; their keys begin with `prefix`."""
     sharp = images_below(clean, faults, left_out) if clean_images is None else clean_images
-    shown = images_below(degraded, faults, left_out)
+    if clean == degraded:
+        both = sharp
+        sharp = {name: path for name, path in both.items() if re.fullmatch(names.clean_names, name)}
+        shown = {name: path for name, path in both.items() if name not in sharp}
+    else:
+        shown = images_below(degraded, faults, left_out)
     samples, odd, lonely = _match(sharp, shown, names, prefix)
     used = {pair.clean for pair in samples}
     unused = [path for path in sharp.values() if path not in used]

@@ -22,8 +22,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from mcir.data.decode import decode, image_size
+from mcir.data.encode import centre, encode
 from mcir.data.files import IMAGE_SUFFIXES, LeftOut, files_at, why_left_out
-from mcir.data.pairs import Pair, pair_folders
+from mcir.data.layouts import find_pairs
+from mcir.data.pairs import Pair, Pairs, pair_folders
 from mcir.data.parquet import Columns, open_parquet
 from mcir.data.rows import Row, Units
 from mcir.errors import UserError
@@ -131,9 +134,24 @@ class FolderSource(Source):
     def open(self) -> Units:
         degraded = Path(self.degraded) if self.degraded else None
         found = pair_folders(Path(self.clean), degraded, pattern=self.pattern, clean_pattern=self.clean_pattern)
-        pairs = found.samples
-        lengths = tuple(len(pairs[i : i + FILES_IN_A_UNIT]) for i in range(0, len(pairs), FILES_IN_A_UNIT))
-        return Units(lengths, partial(_read_files, pairs), found.left_out)
+        return _units(found)
+
+
+class LayoutSource(Source):
+    """A published dataset as it unpacks: what `mcir data pack --layout` packs."""
+
+    format: Literal["layout"]
+    layout: str
+    """Its name, such as set5; `mcir data pack --help` lists them."""
+    path: str
+    """The folder where it was unpacked."""
+    split: str | None = None
+    """Where it has several."""
+    scale: int | None = None
+    """Of super-resolution sets; without one only their clean half is read."""
+
+    def open(self) -> Units:
+        return _units(find_pairs(self.layout, Path(self.path), self.split, self.scale))
 
 
 class TarSource(Source):
@@ -165,17 +183,39 @@ class TarSource(Source):
         return Units(tuple(len(members) for _, members in tars), partial(_read_tar, tars), left_out)
 
 
-AnySource = Annotated[ParquetSource | HubSource | FolderSource | TarSource, Field(discriminator="format")]
+AnySource = Annotated[
+    ParquetSource | HubSource | FolderSource | LayoutSource | TarSource, Field(discriminator="format")
+]
 
 
-def _read_files(pairs: tuple[Pair, ...], unit: int, start: int) -> Iterator[Row | UserError]:
+def _units(pairs: Pairs) -> Units:
+    samples = pairs.samples
+    lengths = tuple(len(samples[i : i + FILES_IN_A_UNIT]) for i in range(0, len(samples), FILES_IN_A_UNIT))
+    return Units(lengths, partial(_read_files, samples, pairs.centre_crop), pairs.left_out)
+
+
+def _read_files(pairs: tuple[Pair, ...], centre_crop: bool, unit: int, start: int) -> Iterator[Row | UserError]:
     for pair in pairs[unit * FILES_IN_A_UNIT + start : (unit + 1) * FILES_IN_A_UNIT]:
         try:
             degraded = pair.degraded.read_bytes() if pair.degraded else None
-            row: Row | UserError = Row(pair.key, pair.clean.read_bytes(), degraded, str(pair.clean))
+            clean = pair.clean.read_bytes()
+            if centre_crop and degraded is not None:
+                clean = _centre(clean, degraded, pair)
+            row: Row | UserError = Row(pair.key, clean, degraded, str(pair.clean))
         except OSError as error:
             row = UserError(f"{error.filename} cannot be read: {error.strerror}")
+        except UserError as error:
+            row = error
         yield row
+
+
+def _centre(clean: bytes, degraded: bytes, pair: Pair) -> bytes:
+    """The part of the clean image that the degraded one shows."""
+    height, width = image_size(degraded, str(pair.degraded))
+    sides = image_size(clean, str(pair.clean))
+    if sides == (height, width) or sides[0] < height or sides[1] < width:
+        return clean
+    return encode(centre(decode(clean, str(pair.clean)), height, width), "png")[0]
 
 
 _Place = tuple[int, int]  # offset and size of a member in its tar

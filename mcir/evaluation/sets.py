@@ -6,13 +6,17 @@ settled by what the tables do, and shown, or asked for.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
 from mcir.config import load
 from mcir.data.degrade import Bicubic
-from mcir.data.files import files_below
+from mcir.data.files import IMAGE_SUFFIXES, LeftOut, files_below
+from mcir.data.layouts import recognise, whose_degraded_half
+from mcir.data.pairs import Fault, guess_patterns, images_below
+from mcir.data.sources import FolderSource, LayoutSource
 from mcir.errors import UserError
 from mcir.evaluation.config import ValidationSet
 from mcir.evaluation.metrics import PROTOCOLS
@@ -35,6 +39,10 @@ class TestSet:
 
     def __str__(self) -> str:
         made = "pairs as stored"
+        if isinstance(self.data.source, LayoutSource):
+            made += f" (layout {self.data.source.layout})"
+        elif isinstance(self.data.source, FolderSource) and self.data.source.pattern != "{key}":
+            made += f" (names {self.data.source.pattern})"
         if self.data.degradation is not None:
             options = self.data.degradation.model_dump(exclude={"name"})
             settings = ", ".join(f"{key} {value}" for key, value in options.items())
@@ -53,14 +61,14 @@ def open_sets(places: Iterable[str], scale: int, protocol: str | None = None) ->
         raise UserError(f"protocol {protocol}: there is {', '.join(get_args(PROTOCOLS))}")
     sets: dict[str, TestSet] = {}
     for place in places:
-        for name, values, tile in read_place(place):
+        for name, values, tile in read_place(place, scale):
             if name in sets:
                 raise UserError(f"two sets are called {name}: give them names, NAME=PATH")
             sets[name] = fit(name, values, tile, scale, protocol)
     return sets
 
 
-def read_place(place: str) -> list[tuple[str, dict[str, Any], Any]]:
+def read_place(place: str, scale: int) -> list[tuple[str, dict[str, Any], Any]]:
     """(name, the values of a ValidationSet as far as they are said, tile) of each set of a place."""
     name, equals, text = place.partition("=")
     if equals and text.lstrip().startswith("{"):
@@ -80,18 +88,61 @@ def read_place(place: str) -> list[tuple[str, dict[str, Any], Any]]:
     if clean and not path.exists():
         if not given:
             raise UserError(f"--data {place}: give the pair of folders a name, NAME=CLEAN,DEGRADED")
-        return [(given, {"source": {"format": "folders", "clean": clean, "degraded": degraded}}, None)]
+        return [(given, {"source": _pair(Path(clean), Path(degraded))}, None)]
     source: dict[str, Any] = {"format": "parquet", "path": str(path)}
     if path.is_dir():
-        if next(path.glob("*.tar"), None):
+        if files_below(path, [".tar"]):
             source = {"format": "tars", "path": str(path)}
         elif not files_below(path, [".parquet"]):
-            source = {"format": "folders", "clean": str(path)}
-    elif path.suffix == ".tar":
+            source = _folder(path, scale)
+    elif path.suffix.lower() == ".tar":
         source = {"format": "tars", "path": str(path)}
-    elif path.suffix != ".parquet":
+    elif path.suffix.lower() != ".parquet":
         raise UserError(f"--data {place}: nothing there that can be read; give {FORMS}")
     return [(given or path.resolve().stem, {"source": source}, None)]
+
+
+def _pair(clean: Path, degraded: Path) -> dict[str, Any]:
+    """Two folders; where their names differ by a pattern that pairs all of them, by that."""
+    source = {"format": "folders", "clean": str(clean), "degraded": str(degraded)}
+    if clean.is_dir() and degraded.is_dir():
+        faults: list[Fault] = []
+        halves = [images_below(folder, faults, LeftOut()) for folder in (clean, degraded)]
+        if not faults and halves[0].keys() != halves[1].keys() and (guess := guess_patterns(*halves)):
+            source |= {"pattern": guess[0], "clean_pattern": guess[1]}
+    return source
+
+
+def _folder(path: Path, scale: int) -> dict[str, Any]:
+    """A folder of images as a published dataset where it is one, otherwise as one set of clean images. UserError where
+    it may be meant otherwise: as several sets, as pairs, as degraded images."""
+    ask = f"NAME=CLEAN,DEGRADED, or 'NAME={{source: {{format: folders, clean: {path}}}}}' to take all of it as clean"
+    known = recognise(path, scale)
+    known = {place: pairs for place, pairs in known.items() if pairs.split != "train"} or known
+    if len(known) > 1:
+        names = ", ".join(" ".join(filter(None, place)) for place in known)
+        raise UserError(
+            f"--data {path}: reads as several sets: {names}; say which, "
+            f"'NAME={{source: {{format: layout, layout: …, path: {path}, split: …}}}}', or {ask}"
+        )
+    for layout, split in known:
+        settings = {"split": split, "scale": scale if scale > 1 else None}
+        return {"format": "layout", "layout": layout, "path": str(path)} | {k: v for k, v in settings.items() if v}
+    if whose := whose_degraded_half(path):
+        raise UserError(
+            f"--data {path}: holds the degraded images of {whose[0]}, and {whose[1]} their clean ones; give the folder "
+            f"above both, or {ask}"
+        )
+    if scale > 1 and len(clean := [path / name for name in ("HR", "GTmod12") if (path / name).is_dir()]) == 1:
+        return {"format": "folders", "clean": str(clean[0])}
+    images = files_below(path, IMAGE_SUFFIXES)
+    parts = sorted({image.relative_to(path).parts[0] for image in images if image.parent != path})
+    if len(parts) > 1 or (parts and any(image.parent == path for image in images)):
+        raise UserError(
+            f"--data {path}: holds images in several folders ({', '.join(parts[:5])}{', …' * (len(parts) > 5)}), which "
+            f"may be pairs or several sets; give one of them, {ask}"
+        )
+    return {"format": "folders", "clean": str(path)}
 
 
 def fit(name: str, values: dict[str, Any], tile: Any, scale: int, protocol: str | None) -> TestSet:

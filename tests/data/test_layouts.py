@@ -1,8 +1,13 @@
 import pytest
 
-from mcir.data.layouts import LAYOUTS, find_pairs
+from mcir.data.layouts import LAYOUTS, find_pairs, recognise, whose_degraded_half
 from mcir.data.pairs import pair_folders
 from mcir.errors import UserError
+
+
+def same_names(layout, split, clean, degraded):
+    return layout, split, None, [clean, degraded], [("7", clean, degraded)]
+
 
 # layout, split, scale, files on disk, (key, clean, degraded) expected. Names as the published archives have them.
 TREES = [
@@ -152,6 +157,120 @@ TREES = [
         ["train/sharp_crops/a_s001.png", "train/blur_crops/a_s001.png"],
         [("a_s001", "train/sharp_crops/a_s001.png", "train/blur_crops/a_s001.png")],
     ),
+    (
+        "reside-ots",
+        None,
+        None,
+        ["original/0025.jpg", "synthetic/part1/0025_0.8_0.1.jpg"],
+        [("part1/0025_0.8_0.1", "original/0025.jpg", "synthetic/part1/0025_0.8_0.1.jpg")],
+    ),
+    *(
+        (
+            "rain13k",
+            None,
+            None,
+            [f"{root}/target/7.jpg", f"{root}/input/7.jpg"],
+            [("7", f"{root}/target/7.jpg", f"{root}/input/7.jpg")],
+        )
+        for root in ("train/Rain13K", "Rain13K/train", "train")
+    ),
+    *(
+        (
+            name,
+            None,
+            None,
+            [f"{root}target/1.png", f"{root}input/1.png"],
+            [("1", f"{root}target/1.png", f"{root}input/1.png")],
+        )
+        for name, title in (
+            ("test100", "Test100"),
+            ("test1200", "Test1200"),
+            ("test2800", "Test2800"),
+            ("hide", "HIDE"),
+            ("realblur-j", "RealBlur_J"),
+            ("realblur-r", "RealBlur_R"),
+        )
+        for root in ("", f"test/{title}/")
+    ),
+    *(
+        (
+            "sidd",
+            "train",
+            None,
+            [f"{root}/0001_S6/{n}{half}_SRGB_01{i}.PNG" for half in ("GT", "NOISY") for i in (0, 1)],
+            [
+                (
+                    f"0001_S6/{n}NOISY_SRGB_01{i}",
+                    f"{root}/0001_S6/{n}GT_SRGB_01{i}.PNG",
+                    f"{root}/0001_S6/{n}NOISY_SRGB_01{i}.PNG",
+                )
+                for i in (0, 1)
+            ],
+        )
+        for root, n in (("Data", ""), ("SIDD_Medium_Srgb/Data", "0001_"))
+    ),
+    (
+        "sidd",
+        "val",
+        None,
+        ["val/gt_crops/1_1.png", "val/input_crops/1_1.png", "Data/a/GT_SRGB_010.PNG", "Data/a/NOISY_SRGB_010.PNG"],
+        [("1_1", "val/gt_crops/1_1.png", "val/input_crops/1_1.png")],
+    ),
+    *(
+        (
+            "lol",
+            split,
+            None,
+            [f"{root}/high/2.png", f"{root}/low/2.png"],
+            [("2", f"{root}/high/2.png", f"{root}/low/2.png")],
+        )
+        for split, root in (("train", "our485"), ("test", "eval15"))
+    ),
+    (
+        "lol",
+        "test",
+        None,
+        ["Test/target/1.png", "Test/input/1.png", "Train/target/2.png", "Train/input/2.png"],
+        [("1", "Test/target/1.png", "Test/input/1.png")],
+    ),
+    (
+        "lol-v2-real",
+        "test",
+        None,
+        [
+            f"Real_captured/{split}/{name}.png"
+            for split in ("Test", "Train")
+            for name in ("Low/low00690", "Normal/normal00690")
+        ],
+        [("low00690", "Real_captured/Test/Normal/normal00690.png", "Real_captured/Test/Low/low00690.png")],
+    ),
+    (
+        "lol-v2-synthetic",
+        "train",
+        None,
+        ["Synthetic/Train/Low/r1.png", "Synthetic/Train/Normal/r1.png"],
+        [("r1", "Synthetic/Train/Normal/r1.png", "Synthetic/Train/Low/r1.png")],
+    ),
+    (
+        "bsd400-wed",
+        None,
+        None,
+        ["BSD400/100075.jpg", "WED/00001.bmp"],
+        [("100075", "BSD400/100075.jpg", None), ("00001", "WED/00001.bmp", None)],
+    ),
+    ("bsd400-wed", None, None, ["Denoise/00001.bmp"], [("00001", "Denoise/00001.bmp", None)]),
+    (
+        "dfwb",
+        None,
+        None,
+        ["DIV2K/0001.png", "Flickr2K/000001.png", "WaterlooED/00001.bmp", "BSD400/2018.jpg"],
+        [
+            ("0001", "DIV2K/0001.png", None),
+            ("000001", "Flickr2K/000001.png", None),
+            ("00001", "WaterlooED/00001.bmp", None),
+            ("2018", "BSD400/2018.jpg", None),
+        ],
+    ),
 ]
 
 
@@ -189,6 +308,48 @@ def test_the_published_count_leaves_no_note(tmp_path):
     plant(tmp_path, [f"{half}/{i}.png" for half in ("HR",) for i in range(5)])
     plant(tmp_path, [f"LR_bicubic/X2/{i}x2.png" for i in range(5)])
     assert find_pairs("set5", tmp_path, scale=2).note == ""
+
+
+def test_what_a_dataset_is_for(tmp_path):
+    """The name that its shards get: test sets say test, halves without a name by the published count or the folder."""
+    plant(tmp_path, ["s/HR/a.png", "r/target/1.png", "r/input/1.png", "g/test/target/1.png", "g/test/input/1.png"])
+    assert find_pairs("set5", tmp_path / "s").split == "test"
+    assert find_pairs("test100", tmp_path / "r").split == "test"
+    assert find_pairs("rain13k", tmp_path / "r").split == "train"
+    assert find_pairs("did", plant_pairs(tmp_path / "did", 3)).split == "train"
+    assert find_pairs("did", plant_pairs(tmp_path / "did/test", 3)).split == "test"
+    assert find_pairs("rain200l", plant_pairs(tmp_path / "l", 200, "rain-", "norain-")).split == "test"
+    assert find_pairs("gopro", tmp_path / "g", "test").split == "test"
+    plant(tmp_path, ["DIV2K_valid_HR/0801.png"])
+    assert find_pairs("div2k", tmp_path, "valid").split == "validation"
+
+
+def plant_pairs(root, count, degraded="", clean=""):
+    plant(
+        root, [f"groundtruth/{clean}{i}.png" for i in range(count)] + [f"input/{degraded}{i}.png" for i in range(count)]
+    )
+    return root
+
+
+def test_published_folders_are_recognised(tmp_path):
+    plant(tmp_path, ["Set5/HR/a.png", "Set5/LR_bicubic/X2/ax2.png", "Set5/LR_bicubic/X4/ax4.png"])
+    ((place, pairs),) = recognise(tmp_path / "Set5", 4).items()
+    assert (place, pairs.scale, [pair.degraded.name for pair in pairs.samples]) == (("set5", None), 4, ["ax4.png"])
+    assert recognise(tmp_path / "Set5", 3) == recognise(tmp_path / "Set5", 1) == recognise(tmp_path, 2) == {}
+    plant(tmp_path / "Set14", [f"HR/{i}.png" for i in range(14)] + [f"LR_bicubic/X2/{i}x2.png" for i in range(14)])
+    assert list(recognise(tmp_path / "Set14", 2)) == [("set14", None)]
+    plant(tmp_path / "GoPro", [f"{s}/{h}/1.png" for s in ("train", "test") for h in ("input", "target")])
+    assert {("gopro", "train"), ("gopro", "test")} <= set(recognise(tmp_path / "GoPro", 1))
+
+
+def test_the_folder_of_a_degraded_half_is_known(tmp_path):
+    plant(tmp_path, ["Set5/HR/a.png", "Set5/LR_bicubic/X4/ax4.png", "other/LR_bicubic/X2/a.png", "its/hazy/1_1.png"])
+    assert whose_degraded_half(tmp_path / "Set5/LR_bicubic/X4") == ("Set5", tmp_path / "Set5/HR")
+    assert whose_degraded_half(tmp_path / "other/LR_bicubic/X2") == ("Set5", tmp_path / "other/HR")  # by its name alone
+    assert whose_degraded_half(tmp_path / "Set5/HR") is None
+    assert whose_degraded_half(tmp_path / "its/hazy") is None
+    plant(tmp_path, ["its/clear/1.png"])
+    assert whose_degraded_half(tmp_path / "its/hazy") == ("RESIDE ITS", tmp_path / "its/clear")
 
 
 def test_another_count_than_the_published_one_is_noted(tmp_path):

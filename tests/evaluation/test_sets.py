@@ -1,5 +1,6 @@
 """What each way to point at a dataset means, and what must be said."""
 
+import io
 import json
 
 import numpy as np
@@ -32,6 +33,56 @@ def test_folders_and_pairs(images):
     assert pair.data.source.degraded == f"{images}/degraded"
     assert pair.data.degradation is None
     assert "pairs as stored" in str(pair)
+
+
+def save(root, *names, side=8):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(root / name)
+
+
+def test_a_published_set_is_recognised_by_its_root(tmp_path):
+    save(tmp_path / "Set5", "HR/a.png", "HR/b.png")
+    save(tmp_path / "Set5", "LR_bicubic/X2/ax2.png", "LR_bicubic/X2/bx2.png", side=4)
+    (test,) = open_sets([f"{tmp_path}/Set5"], 2).values()
+    assert str(test) == "2 images, pairs as stored (layout set5), protocol sr"
+    assert [row.degraded is None for row in test.data.source.open()] == [False, False]
+    (test,) = open_sets([f"Set5={tmp_path}/Set5/HR,{tmp_path}/Set5/LR_bicubic/X2"], 2).values()
+    assert str(test) == "2 images, pairs as stored (names {key}x2), protocol sr"
+    (test,) = open_sets([f"{tmp_path}/Set5"], 4).values()  # no LR of that scale: made of HR, and shown
+    assert str(test) == "2 images, clean images degraded on the fly: bicubic (scale 4), protocol sr"
+    with pytest.raises(UserError, match=r"holds the degraded images of Set5, and .*Set5/HR their clean ones; give the"):
+        open_sets([f"{tmp_path}/Set5/LR_bicubic/X2"], 2)
+    source = {"format": "folders", "clean": f"{tmp_path}/Set5/LR_bicubic/X2"}
+    assert open_sets([f"x={json.dumps({'source': source})}"], 2)["x"].num_images == 2  # said in so many words
+
+
+def test_the_test_half_is_taken_and_what_reads_as_several_sets_is_asked_about(tmp_path):
+    save(
+        tmp_path / "GoPro",
+        *(
+            f"{split}/{scene}/{half}/1.png"
+            for split in ("train", "test")
+            for scene in "ab"
+            for half in ("blur", "sharp")
+        ),
+    )
+    (test,) = open_sets([f"{tmp_path}/GoPro"], 1, "nafnet").values()
+    assert (test.num_images, test.data.source.split) == (2, "test")
+    save(tmp_path / "sets", "A/1.png", "B/1.png")
+    with pytest.raises(UserError, match=r"in several folders \(A, B\), which may be pairs or several sets"):
+        open_sets([f"{tmp_path}/sets"], 2)
+
+
+def test_reside_is_cut_to_its_centre_as_packed(tmp_path):
+    rng = np.random.default_rng(0)
+    clear = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    for name, image in (("gt/1.png", clear), ("hazy/1_1.png", clear[1:47, 1:63])):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / name)
+    (test,) = open_sets([f"SOTS={tmp_path}"], 1, "ffanet").values()
+    (row,) = test.data.source.open()
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(row.clean))), clear[1:47, 1:63])
 
 
 def test_parquet(tmp_path):
