@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
 
 from mcir.archs import AnyArch
+from mcir.data.stages import Phase, Stage, phases
 from mcir.data.stream import DataConfig
 from mcir.errors import UserError
 from mcir.evaluation.config import MEAN, ValidationConfig
@@ -37,6 +38,8 @@ class RunConfig(Section):
     """Samples in an optimizer step, over all processes and micro-batches."""
     accumulate: PositiveInt = 1
     """Micro-batches in an optimizer step."""
+    stages: tuple[Stage, ...] = ()
+    """Other crops and batches from a step on; data.crop_size and batch_size hold before the first."""
     arch: AnyArch
     init_from: str | None = None
     """Weights to start from (.safetensors, .pth, .pt, .ckpt, .pk)."""
@@ -53,21 +56,38 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     compute: ComputeConfig = ComputeConfig()
 
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What a batch is at which steps."""
+        return phases(self.batch_size, self.data.crop_size, self.stages)
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         scale = self.arch.descriptor.scale
         faults = []
-        if self.data.crop_size % scale:
-            faults.append(f"data.crop_size: {self.data.crop_size} is no multiple of the network's scale {scale}")
-        if self.batch_size % self.accumulate:
-            faults.append(f"batch_size: {self.batch_size} is no multiple of accumulate, {self.accumulate}")
+        crops = {"data.crop_size": self.data.crop_size}
+        batches = {"batch_size": self.batch_size}
+        after = 0
+        for i, stage in enumerate(self.stages):
+            crops[f"stages.{i}.crop_size"], batches[f"stages.{i}.batch_size"] = stage.crop_size, stage.batch_size
+            if not after < stage.after < self.steps:
+                limits = f"after step {after} and before the last, {self.steps}"
+                faults.append(f"stages.{i}.after: {stage.after}, and it should begin {limits}")
+            after = stage.after
+        for place, crop_size in crops.items():
+            if crop_size % scale:
+                faults.append(f"{place}: {crop_size} is no multiple of the network's scale {scale}")
+        for place, batch_size in batches.items():
+            if batch_size % self.accumulate:
+                faults.append(f"{place}: {batch_size} is no multiple of accumulate, {self.accumulate}")
         ends = self.optim.schedule.end if isinstance(self.optim.schedule, Segments) else None
         if ends is not None and ends < self.steps:
             faults.append(f"optim.schedule.pieces: the last ends at step {ends}, the run at {self.steps}")
         for term in self.objective.reconstruction:
-            if term.min_side > self.data.crop_size:
-                needed = f"{term.name} needs at least {term.min_side} pixels"
-                faults.append(f"objective.reconstruction: {needed}, data.crop_size is {self.data.crop_size}")
+            for place, crop_size in crops.items():
+                if term.min_side > crop_size:
+                    needed = f"{term.name} needs at least {term.min_side} pixels"
+                    faults.append(f"objective.reconstruction: {needed}, {place} is {crop_size}")
         places = [(f"data.train.{i}", source.degradation) for i, source in enumerate(self.data.train)]
         if self.validation:
             places += [(f"validation.sets.{name}", s.degradation) for name, s in self.validation.sets.items()]

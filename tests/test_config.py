@@ -89,6 +89,19 @@ def test_contradictions_between_fields(tmp_path):
     assert "data.train.0.degradation: its scale is 3, the network's is 2" in text
 
 
+def test_stages_that_cannot_be(tmp_path):
+    stages = [
+        {"after": 3, "crop_size": 15, "batch_size": 4},
+        {"after": 3, "crop_size": 16, "batch_size": 3},
+        {"after": 6, "crop_size": 32, "batch_size": 2},
+    ]
+    text = mistakes(tiny_config(tmp_path, stages=stages, accumulate=2))
+    assert "stages.0.crop_size: 15 is no multiple of the network's scale 2" in text
+    assert "stages.1.batch_size: 3 is no multiple of accumulate, 2" in text
+    assert "stages.1.after: 3, and it should begin after step 3 and before the last, 6" in text
+    assert "stages.2.after: 6, and it should begin after step 3 and before the last, 6" in text
+
+
 def test_files_merge_left_to_right_and_overrides_come_last(tmp_path):
     (tmp_path / "a.yaml").write_text(dump(validate(tiny_config(tmp_path), "tiny")))
     overlay = (

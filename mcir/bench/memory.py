@@ -62,13 +62,14 @@ def _activations(config: RunConfig, net: nn.Module, world_size: int) -> int:
 
     if config.compute.checkpoint_activations:
         checkpoint_activations(net, config.arch.descriptor)
-    side = config.data.crop_size // config.arch.descriptor.scale
-    batch = max(1, config.batch_size // config.accumulate // world_size)
+    largest = max(config.phases, key=lambda phase: phase.batch_size * phase.crop_size**2)
+    side = largest.crop_size // config.arch.descriptor.scale
+    batch = max(1, largest.batch_size // config.accumulate // world_size)
     contrast = config.objective.contrast
     num_images = len(contrast.roles) + len(getattr(contrast, "columns", ())) if contrast else 0
     with torch.device("meta"):
         degraded = torch.empty(batch, 3, side, side)
-        clean = torch.empty(batch, 3, config.data.crop_size, config.data.crop_size)
+        clean = torch.empty(batch, 3, largest.crop_size, largest.crop_size)
         objective = Objective(_weightless(config)).to("meta")
         own |= {id(t) for t in [*objective.parameters(), *objective.buffers()]}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

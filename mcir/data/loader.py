@@ -6,26 +6,23 @@ main process takes their samples in order. The position is the number of samples
 a checkpoint needs to know.
 """
 
-import atexit
-import ctypes
 import logging
 import math
-import multiprocessing
-import signal
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from itertools import cycle, islice
-from typing import Any
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
-from mcir.data.stream import DataConfig, Failure, Label, Reader, Sample, SampleStream
+from mcir.data.mixup import Mixer
+from mcir.data.order import share
+from mcir.data.stages import Phase, Stage, phases, position_after
+from mcir.data.stream import DataConfig, Failure, Label, Sample, SampleStream
 from mcir.data.transforms import Pixels
+from mcir.data.workers import decoded
 from mcir.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -34,10 +31,6 @@ _MOST_UNUSABLE = 1000
 """So many rows on end that cannot be used stop a run that skips such rows."""
 _MOST_EXCESS = 1.5
 """Times its own share of the bytes that a rank reads without a warning."""
-_ROWS_AHEAD = 16
-"""Of one row group at least that a worker decodes ahead where a rank has fewer places in a batch than workers, which
-then have their row groups one after the other."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -59,71 +52,14 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Some samples of one worker, in order: a key or a failure each. Images of 8 bits lie in `slot` of its memory, by
-    the sample's place among these; others come along."""
+class _Taken:
+    """The samples of a batch that are there: their labels, their places in it, (degraded, clean), and what the other
+    places have."""
 
-    labels: list[Label | Failure]
-    slot: int
-    others: dict[int, tuple[Pixels, Pixels]]
-
-
-class _Memory:
-    """What the workers hand images over in, shared: `clean[worker, slot, place]` and `degraded` alike. It stays for as
-    long as they do; memory sent with each batch would be mapped, zeroed and unmapped each time."""
-
-    def __init__(self, num_workers: int, num_slots: int, chunk: int, crop_size: int, scale: int) -> None:
-        self.num_slots = num_slots
-        sides = crop_size // scale, crop_size
-        shapes = [(num_workers, num_slots, chunk, 3, side, side) for side in sides]
-        try:
-            self.degraded, self.clean = (torch.empty(shape, dtype=torch.uint8).share_memory_() for shape in shapes)
-        except RuntimeError as error:
-            size = -(-sum(math.prod(shape) for shape in shapes) // 2**20)
-            raise UserError(
-                f"data.num_workers: the {num_workers} workers of a rank need {size} MiB of /dev/shm, which has less; "
-                "enlarge it (docker run --shm-size) or take fewer workers"
-            ) from error
-
-    def store(self, worker: int, slot: int, samples: Iterable[Sample | Failure]) -> _Chunk:
-        chunk = _Chunk([], slot, {})
-        places = zip(self.degraded[worker, slot].numpy(), self.clean[worker, slot].numpy(), strict=True)
-        for i, (sample, place) in enumerate(zip(samples, places, strict=True)):
-            if isinstance(sample, Failure):
-                chunk.labels.append(sample)
-                continue
-            label, *images = sample
-            chunk.labels.append(label)
-            if all(image.dtype == np.uint8 for image in images):
-                for memory, image in zip(place, images, strict=True):
-                    memory[...] = image
-            else:
-                chunk.others[i] = images[0], images[1]
-        return chunk
-
-    def samples(self, worker: int, chunks: DataLoader) -> Iterator[Sample | Failure]:
-        """The images are views, and the worker writes there again when it comes back to their slot."""
-        it = iter(chunks)  # starts the worker
-        return (sample for chunk in it for sample in self._load(worker, chunk))
-
-    def _load(self, worker: int, chunk: _Chunk) -> Iterator[Sample | Failure]:
-        places = zip(self.degraded[worker, chunk.slot].numpy(), self.clean[worker, chunk.slot].numpy(), strict=True)
-        for i, (label, place) in enumerate(zip(chunk.labels, places, strict=True)):
-            yield label if isinstance(label, Failure) else (label, *chunk.others.get(i, place))
-
-
-class _Worker(IterableDataset):
-    """What one process of W yields: its own of this rank's samples from `position` on, `chunk` at a time."""
-
-    def __init__(self, stream: SampleStream, memory: _Memory, position: int, reader: Reader, chunk: int) -> None:
-        self.stream, self.memory = stream, memory
-        self.position, self.reader, self.chunk = position, reader, chunk
-
-    def __iter__(self) -> Iterator[_Chunk]:
-        assert self.reader.worker is not None
-        samples = self.stream.samples(self.position, self.reader)
-        for slot in cycle(range(self.memory.num_slots)):
-            yield self.memory.store(self.reader.worker, slot, islice(samples, self.chunk))
+    labels: list[Label]
+    places: list[int]
+    images: list[Tensor]
+    failures: list[Failure]
 
 
 class Loader:
@@ -140,56 +76,35 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
+        stages: Sequence[Stage] = (),
         device: torch.device | str = "cpu",
     ) -> None:
-        """`batch_size` is that of a step, of all ranks together: each rank takes an equal share of it, in `accumulate`
-        equal parts."""
-        assert batch_size % (world_size * accumulate) == 0
-        assert data.crop_size % scale == 0
+        """`batch_size` is that of a step, of all ranks together, until the first of `stages` changes it: each rank
+        takes an equal share of it, in `accumulate` equal parts."""
+        self.phases = phases(batch_size, data.crop_size, stages)
+        assert all(phase.batch_size % (world_size * accumulate) == 0 for phase in self.phases)
+        assert all(phase.crop_size % scale == 0 for phase in self.phases)
         self.data, self.scale, self.seed = data, scale, seed
-        self.batch_size, self.rank, self.world_size, self.accumulate = batch_size, rank, world_size, accumulate
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.device = torch.device(device)
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.position = 0
-        self.num_skipped = 0
+        self.num_skipped = self._unusable = 0
         self.order: str | None = None
         """`SampleStream.order` that `position` counts in; known when iterating starts, where it is compared."""
 
+    def position_after(self, step: int) -> int:
+        """Samples that all ranks together have taken in so many steps."""
+        return position_after(self.phases, step)
+
     def __iter__(self) -> Iterator[Batch]:
-        size, unusable = self.batch_size // self.world_size // self.accumulate, 0
-        with closing(self._samples(size)) as samples:  # an error keeps this frame, and must not keep the workers
-            while True:
-                labels: list[Label] = []
-                degraded, clean = (
-                    self._empty(size, side) for side in (self.data.crop_size // self.scale, self.data.crop_size)
-                )
-                for sample in islice(samples, size):
-                    if isinstance(sample, Failure):
-                        unusable += 1
-                        self._skip(sample, unusable)
-                        continue
-                    unusable = 0
-                    label, *images = sample
-                    degraded, clean = (
-                        _put(batch, len(labels), image) for batch, image in zip((degraded, clean), images, strict=True)
-                    )
-                    labels.append(label)
-                self.position += self.batch_size // self.accumulate
-                yield self._batch(degraded, clean, labels, len(labels) / size)
+        stream = self._open()
+        for phase in self.phases:
+            if phase.end is None or self.position < phase.end:
+                yield from self._batches(stream, phase)
 
-    def _skip(self, failure: Failure, unusable: int) -> None:
-        if self.data.on_error == "fail":
-            raise UserError(failure.message)
-        self.num_skipped += 1
-        log.warning("skipped: %s", failure.message)
-        if unusable == _MOST_UNUSABLE:
-            raise UserError(f"no usable row among {unusable}, the last: {failure.message}")
-
-    def _samples(self, size: int) -> Generator[Sample | Failure]:
-        """This rank's samples in order, `size` of them in a batch. Those of a worker are views, for as long as no other
-        one of its samples is asked for."""
-        _keep_freed_memory()
-        stream = SampleStream(self.data, self.scale, self.seed, self.batch_size)
+    def _open(self) -> SampleStream:
+        stream = SampleStream(self.data, self.scale, self.seed, math.gcd(*(phase.batch_size for phase in self.phases)))
         if self.order not in (None, stream.order):
             raise UserError(
                 "the order of the samples is not that of the checkpoint, so some would be lost and others come again: "
@@ -197,36 +112,66 @@ class Loader:
                 "rows (or the version of mcir), or start another run from the checkpoint's weights (init_from)"
             )
         self.order = stream.order
-        assert self.position % self.batch_size == 0
         if self.rank == 0:
             self._warn_of_excess(stream)
-        num_workers = self.data.num_workers
-        reader = Reader(self.rank, self.world_size, num_workers=max(1, num_workers))
-        if not num_workers:
-            yield from stream.samples(self.position, reader)
-        chunk = max(1, size // num_workers)
-        rows_ahead = max(2 * size, 0 if size >= num_workers else num_workers * _ROWS_AHEAD)
-        ahead = max(2, -(-rows_ahead // (num_workers * chunk)))
-        # While one chunk of a worker is read, it may be `ahead` further.
-        memory = _Memory(num_workers, ahead + 1, chunk, self.data.crop_size, self.scale)
-        turns = stream.turns(self.position, reader)
-        workers = [
-            memory.samples(
-                worker,
-                DataLoader(
-                    _Worker(stream, memory, self.position, replace(reader, worker=worker), chunk),
-                    batch_size=None,  # a worker yields chunks of its own
-                    num_workers=1,  # each is asked when it is its turn
-                    prefetch_factor=ahead,
-                    collate_fn=_as_it_is,
-                    worker_init_fn=_start_worker,
-                    generator=torch.Generator(),  # of a seed that nothing uses; the global one stays as it is
-                ),
-            )
-            for worker in range(num_workers)
-        ]
-        for worker in turns:
-            yield next(workers[worker])
+        return stream
+
+    def _batches(self, stream: SampleStream, phase: Phase) -> Iterator[Batch]:
+        """Those of a phase from `position` on."""
+        start, size = self.position, phase.batch_size // self.world_size // self.accumulate
+        assert (start - phase.position) % phase.batch_size == 0
+        mixer = None
+        if self.data.mixup:
+            mixer = Mixer(self.data.mixup, self.seed, self.position_after(self.data.mixup.after))
+            start = max(phase.position, start - phase.batch_size)  # what the first is mixed with
+        samples = decoded(stream, start, phase.crop_size, size, self.rank, self.world_size, self.data.num_workers)
+        with closing(samples):  # an error keeps this frame, and must not keep the workers
+            while phase.end is None or start < phase.end:
+                groups = range(start, start + phase.batch_size, stream.num_lanes)
+                positions = [p for g in groups for p in share(g, self.rank, self.world_size, stream.num_lanes)]
+                for part in range(self.accumulate):
+                    taken = self._take(islice(samples, size), phase.crop_size, size)
+                    degraded, clean = map(self._to_device, taken.images)
+                    if mixer:
+                        own = [positions[part * size + place] for place in taken.places]
+                        degraded, clean = mixer(part, start, own, taken.places, degraded, clean)
+                    position = start + (part + 1) * phase.batch_size // self.accumulate
+                    if position > self.position:
+                        self._count(taken)
+                        self.position = position
+                        keys, weight = [key for key, _ in taken.labels], len(taken.labels) / size
+                        yield Batch(degraded, clean, keys, weight, self._sources(taken.labels))
+                start += phase.batch_size
+
+    def _take(self, samples: Iterator[Sample | Failure], crop_size: int, size: int) -> "_Taken":
+        labels, places, failures = list[Label](), list[int](), list[Failure]()
+        batches = [self._empty(size, side) for side in (crop_size // self.scale, crop_size)]
+        for place, sample in enumerate(samples):
+            if isinstance(sample, Failure):
+                if self.data.on_error == "fail":
+                    raise UserError(sample.message)
+                failures.append(sample)
+                continue
+            label, *images = sample
+            batches = [_put(batch, len(labels), image) for batch, image in zip(batches, images, strict=True)]
+            labels.append(label)
+            places.append(place)
+        filled = [batch[: len(labels)] if labels else _noise(batch[:1]) for batch in batches]
+        return _Taken(labels, places, filled, failures)
+
+    def _sources(self, labels: list[Label]) -> Tensor | None:
+        if len(self.data.train) == 1:
+            return None
+        sources = torch.tensor([source for _, source in labels] or [0])
+        return self._to_device(sources if self._copies is None else sources.pin_memory())
+
+    def _count(self, taken: "_Taken") -> None:
+        for failure in taken.failures:
+            log.warning("skipped: %s", failure.message)
+        self.num_skipped += len(taken.failures)
+        self._unusable = len(taken.failures) + (0 if taken.labels else self._unusable)
+        if self._unusable >= _MOST_UNUSABLE and not taken.labels:
+            raise UserError(f"no usable row among {self._unusable}, the last: {taken.failures[-1].message}")
 
     def _warn_of_excess(self, stream: SampleStream) -> None:
         for i, (excess, units) in enumerate(zip(stream.excess(self.world_size), stream.units, strict=True)):
@@ -242,17 +187,6 @@ class Loader:
         if self._copies is None:
             return torch.empty(size, 3, side, side)
         return torch.empty(size, 3, side, side, dtype=torch.uint8, pin_memory=True)
-
-    def _batch(self, degraded: Tensor, clean: Tensor, labels: list[Label], weight: float) -> Batch:
-        if not labels:
-            degraded, clean = (_noise(images[:1]) for images in (degraded, clean))
-        num = max(1, len(labels))
-        source = None
-        if len(self.data.train) > 1:
-            places = torch.tensor([place for _, place in labels] or [0])
-            source = self._to_device(places if self._copies is None else places.pin_memory())
-        keys = [key for key, _ in labels]
-        return Batch(self._to_device(degraded[:num]), self._to_device(clean[:num]), keys, weight, source)
 
     def _to_device(self, values: Tensor) -> Tensor:
         if self._copies is None:
@@ -276,43 +210,10 @@ def _put(batch: Tensor, place: int, image: Pixels) -> Tensor:
 
 
 def _noise(images: Tensor) -> Tensor:
-    pixels = np.random.default_rng(0).integers(0, 256, tuple(images.shape), np.uint8)
-    return torch.from_numpy(pixels).to(images.dtype).div_(1 if images.dtype == torch.uint8 else 255)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, tuple(images.shape), np.uint8))
+    return pixels if images.dtype == torch.uint8 else to_float(pixels)
 
 
 def to_float(image: Tensor) -> Tensor:
     """uint8 -> fp32 in [0, 1]; floats pass."""
     return image.float().div_(255) if image.dtype == torch.uint8 else image
-
-
-def _as_it_is(chunk: Any) -> Any:
-    return chunk
-
-
-def _start_worker(worker: int) -> None:
-    """The signals that stop a run go to its whole process group; the main process decides when its workers end."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc reuse the memory of an image or of a row group for the next one. Left alone, it and Arrow's allocator
-    hand it back to the system time and again, which then zeroes other pages: up to a fifth of the time of decoding a
-    JPEG."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, 2**28)
-        mallopt(_M_MMAP_THRESHOLD, 2**25)
-        mallopt(_M_ARENA_MAX, 1)  # threads that read row groups share this memory, too
-        pa.set_memory_pool(pa.system_memory_pool())
-
-
-@atexit.register
-def _kill_workers() -> None:
-    """Those of a program that ends in the middle of an epoch: multiprocessing would send them the SIGTERM they ignore,
-    and wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a failure
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()

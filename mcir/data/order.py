@@ -31,7 +31,7 @@ import numpy as np
 
 VERSION = 2
 """Of this definition: a position means nothing under another one."""
-BLOCK = 100
+BLOCK = 1000
 """Times a batch in a block of a mixture: weights are kept to 1/BLOCK."""
 
 

@@ -3,12 +3,13 @@
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mcir.data.degrade import AnyDegradation
+from mcir.data.mixup import Mixup
 from mcir.data.order import VERSION, Mixture, Order, share
 from mcir.data.rows import Row, Units
 from mcir.data.sources import AnySource
@@ -23,6 +24,9 @@ class TrainSource(Section):
     source: AnySource
     weight: PositiveFloat = 1.0
     """Share of this source in the mixture, relative to the others."""
+    repeat: PositiveInt | None = None
+    """Instead of a weight: the source counts by its number of rows times this, as datasets laid end to end do of which
+    small ones are repeated (PromptIR: haze 1, rain 120)."""
     degradation: AnyDegradation | None = None
     """Makes `degraded` on the fly where the source holds clean images only."""
     label: str | None = None
@@ -37,6 +41,10 @@ class DataConfig(Section):
     """Side of the clean crop in pixels; degraded crops are crop_size / scale."""
     augment: Augment = "dihedral"
     """dihedral (8 flips and rotations), hflip, flips (none, none, horizontal, vertical: as IDT), none."""
+    edge_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Crops near a border are rare: with a probability of this times crop / image a side's crop is flush with one of
+    its ends instead (DehazeFormer, MixDehazeNet)."""
+    mixup: Mixup | None = None
     num_workers: NonNegativeInt = 4
     """Decoding processes of each rank."""
     shuffle_buffer: PositiveInt = 1024
@@ -51,6 +59,16 @@ class DataConfig(Section):
     def labels(self) -> list[str]:
         """Of the sources, each its own."""
         return [str(i) if source.label is None else source.label for i, source in enumerate(self.train)]
+
+    @model_validator(mode="after")
+    def _one_way_to_mix(self) -> Self:
+        if any(train.repeat for train in self.train):
+            for i, train in enumerate(self.train):
+                if train.repeat is None:
+                    raise ValueError(f"train.{i}: other sources have a repeat; give this one its own (1: as it is)")
+                if train.weight != 1:
+                    raise ValueError(f"train.{i}: has a weight and a repeat; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
@@ -89,20 +107,22 @@ class SampleStream:
     def __init__(self, data: DataConfig, scale: int, seed: int, num_lanes: int) -> None:
         """UserError where a source cannot be opened or holds nothing."""
         self.data, self.scale, self.seed, self.num_lanes = data, scale, seed, num_lanes
+        self.units = [train.source.open() for train in data.train]
+        num_rows = [sum(units.lengths) for units in self.units]
+        weights = [t.repeat * rows if t.repeat else t.weight for t, rows in zip(data.train, num_rows, strict=True)]
         try:
-            self.mixture = Mixture.of([train.weight for train in data.train], seed, num_lanes)
+            self.mixture = Mixture.of(weights, seed, num_lanes)
         except ValueError as error:
             raise UserError(f"data.train: {error}") from error
-        self.units = [train.source.open() for train in data.train]
         decides = (VERSION, seed, num_lanes, data.shuffle_buffer, self.mixture.counts, [u.lengths for u in self.units])
         self.order = f"{zlib.crc32(repr(decides).encode()):08x}"
         """Of what decides which sample is the n-th."""
 
-    def samples(self, position: int, reader: Reader) -> Iterator[Sample | Failure]:
+    def samples(self, position: int, reader: Reader, crop_size: int) -> Iterator[Sample | Failure]:
         """Those that `reader` decodes from `position`, where a batch begins, on, for ever."""
         for which, epoch, unit, row in self._dealt(position, reader):
             if unit.worker == reader.worker:
-                yield self._sample(which, epoch, unit, row)
+                yield self._sample(which, epoch, unit, row, crop_size)
 
     def turns(self, position: int, reader: Reader) -> Iterator[int]:
         """Which worker of the rank decodes each of its samples."""
@@ -132,7 +152,7 @@ class SampleStream:
                 yield which, *streams[which].find(index)
             position += self.num_lanes
 
-    def _sample(self, which: int, epoch: int, unit: "_Unit", at: int) -> Sample | Failure:
+    def _sample(self, which: int, epoch: int, unit: "_Unit", at: int, crop_size: int) -> Sample | Failure:
         train = self.data.train[which]
         row = unit.rows[at]
         if isinstance(row, UserError):
@@ -140,7 +160,9 @@ class SampleStream:
         # not hash(): it differs between processes
         rng = np.random.default_rng([self.seed, epoch, which, zlib.crc32(row.key.encode())])
         try:
-            pair = training_pair(row, self.data.crop_size, self.scale, train.degradation, self.data.augment, rng)
+            pair = training_pair(
+                row, crop_size, self.scale, train.degradation, self.data.augment, rng, self.data.edge_decay
+            )
         except UserError as error:
             return Failure(str(error))
         return ((row.key, which), *pair)

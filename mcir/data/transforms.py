@@ -35,7 +35,13 @@ def validation_pair(
 
 
 def training_pair(
-    row: Row, crop_size: int, scale: int, degradation: AnyDegradation | None, augment: Augment, rng: np.random.Generator
+    row: Row,
+    crop_size: int,
+    scale: int,
+    degradation: AnyDegradation | None,
+    augment: Augment,
+    rng: np.random.Generator,
+    edge_decay: float = 0.0,
 ) -> tuple[Pixels, Pixels]:
     """(degraded, clean): the same random window of both, clean `crop_size` pixels square, degraded crop_size / scale.
 
@@ -51,7 +57,7 @@ def training_pair(
             f"{row.where}: the clean image is {clean_size[0]} x {clean_size[1]}, smaller than the crop of "
             f"{crop_size}; lower data.crop_size or leave small images out"
         )
-    top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
+    top, left = (_start(side, size, edge_decay, rng) for side in (height, width))
     below = 2 * scale if isinstance(degradation, Bicubic) else 0  # its kernel reaches beyond the crop
     clean = decode(row.clean, f"{row.where}, clean", bottom=(top + size) * scale + below)
     if isinstance(degradation, Bicubic):
@@ -65,6 +71,14 @@ def training_pair(
         assert degradation is not None
         degraded = degradation(clean, rng)
     return _augment(augment, rng, degraded, clean)
+
+
+def _start(side: int, size: int, edge_decay: float, rng: np.random.Generator) -> int:
+    """Where a crop of `size` pixels begins along a side: anywhere, or with a probability of edge_decay * size / side at
+    one of the ends."""
+    if edge_decay and rng.random() < edge_decay * size / side:
+        return int(rng.integers(2)) * (side - size)
+    return int(rng.integers(side - size + 1))
 
 
 def _degraded_size(row: Row, scale: int, degradation: AnyDegradation | None) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 ranks."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from mcir.archs.base import blocks_of, checkpoint_activations, convolve_in_channels_last
 from mcir.config import RunConfig
 from mcir.data.loader import Batch, Loader
+from mcir.data.stages import phase_of
 from mcir.errors import UserError
 from mcir.evaluation.evaluate import try_first
 from mcir.evaluation.pictures import sources_table
@@ -91,6 +93,7 @@ class Engine:
             scale=self.arch.descriptor.scale,
             batch_size=config.batch_size,
             accumulate=config.accumulate,
+            stages=config.stages,
             seed=config.seed,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
@@ -160,16 +163,19 @@ class Engine:
             if self.accelerator.is_main_process:
                 print(f"{self.run_dir}: nothing is left to do, {self.state.step} of {config.steps} steps are made")
             return 0
-        meter, batches = Meter(config.batch_size), iter(self.loader)
+        meter, batches = Meter(), iter(self.loader)
         tracker = Tracker(self.accelerator, self.run_dir, self.state.step + 1, config.steps)
         with self.record, tracker, StopRequest(self.accelerator, config.compute.timeout_s) as stop:
             tracker.message(f"{self.run_dir}: {self}; curves: tensorboard --logdir {self.run_dir.parent}")
             exit_code = 0
             while self.state.step < config.steps and not exit_code:
+                phase = phase_of(config.phases, self.state.step + 1)
+                if config.compute.compile and 0 < phase.step == self.state.step:
+                    torch.compiler.reset()  # graphs of this size instead of slower ones for any size
                 waited = time.perf_counter()
                 micro_batches = [next(batches) for _ in range(config.accumulate)]
                 waited = time.perf_counter() - waited
-                meter.add(self.step(micro_batches), waited)
+                meter.add(self.step(micro_batches), phase.batch_size, waited)
                 tracker.advance()
                 exit_code = stop.agreed()
                 last = self.state.step == config.steps
@@ -245,7 +251,7 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
         precision=config.compute.precision,
         accumulate=config.accumulate,
         blocks=config.arch.descriptor.blocks,
-        batch_size=config.batch_size // config.accumulate,
+        batch_size=math.gcd(*(phase.batch_size for phase in config.phases)) // config.accumulate,
         max_grad_norm=config.optim.max_grad_norm,
         unused_parameters=config.arch.descriptor.unused_parameters,
         timeout_s=config.compute.timeout_s,

@@ -113,6 +113,12 @@ class State:
             if (followed := contrast(key)) is not None and followed.shape == tensor.shape:
                 tensor.copy_(followed)
         self.step, self.loader.position, self.loader.order = state["step"], state["position"], state["order"]
+        if self.loader.position != self.loader.position_after(self.step):
+            raise UserError(
+                f"{checkpoint.path}: {self.loader.position} samples were taken in {self.step} steps, and with this "
+                f"batch_size and these stages it would be {self.loader.position_after(self.step)}: change them back, "
+                "or start another run from the checkpoint's weights (init_from)"
+            )
         self.loader.num_skipped = state["num_skipped"] if self.accelerator.is_main_process else 0
         self.skipped_in_a_row.fill_(state.get("skipped_in_a_row", 0))
         if self.loss_scale and state.get("loss_scale"):

@@ -83,18 +83,17 @@ class Tracker:
 class Meter:
     """Means between two log steps. Losses stay on the device; the clock is the host's."""
 
-    def __init__(self, num_images: int) -> None:
-        self.num_images = num_images
+    def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.steps, self.waited, self.since = 0, 0.0, time.perf_counter()
+        self.steps, self.num_images, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
 
-    def add(self, losses: Mapping[str, Tensor], waited: float) -> None:
+    def add(self, losses: Mapping[str, Tensor], num_images: int, waited: float) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.steps, self.waited = self.steps + 1, self.waited + waited
+        self.steps, self.num_images, self.waited = self.steps + 1, self.num_images + num_images, self.waited + waited
 
     def read(self, accelerator: Accelerator) -> tuple[dict[str, float], float, float]:
         """Mean losses over steps and ranks, images/s, share of the time spent waiting for data. Collective; waits for
@@ -102,7 +101,7 @@ class Meter:
         stacked = accelerator.reduce(torch.stack(list(self.sums.values())), "mean") / self.steps
         losses = dict(zip(self.sums, stacked.tolist(), strict=True))
         elapsed = time.perf_counter() - self.since
-        speed, wait = self.steps * self.num_images / elapsed, self.waited / elapsed
+        speed, wait = self.num_images / elapsed, self.waited / elapsed
         self.reset()
         return losses, speed, wait
 

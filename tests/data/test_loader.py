@@ -18,7 +18,9 @@ from mcir.config import validate
 from mcir.data.loader import Loader
 from mcir.data.resize import imresize
 from mcir.data.sources import ParquetSource
-from mcir.data.stream import DataConfig
+from mcir.data.stages import Stage
+from mcir.data.stream import DataConfig, SampleStream
+from mcir.data.workers import decoded
 from mcir.errors import UserError
 from tests.runs import png, tiny_config, write_dataset
 
@@ -106,7 +108,8 @@ def test_a_mixture_draws_from_all_sources(folder, tmp_path):
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 2), (5, 3), (12, 2)])
 def test_workers_write_nowhere_that_is_still_read(folder, batch_size, num_workers):
     """An image is a view until the next one is taken, and the workers run ahead as far as they may."""
-    expected, ahead = (loader(config(folder, num_workers=n), batch_size)._samples(batch_size) for n in (0, num_workers))
+    stream = SampleStream(config(folder), 2, 3, batch_size)
+    expected, ahead = (decoded(stream, 0, 16, batch_size, 0, 1, n) for n in (0, num_workers))
     with closing(ahead):
         for i, (key, *images), (other, *others) in zip(range(12 * batch_size), expected, ahead, strict=False):
             time.sleep(0 if i % batch_size else 0.1)
@@ -241,6 +244,109 @@ def test_parts_of_a_step_are_its_batch(folder):
     taken = [batch.key for batch, _ in zip(parts, range(9), strict=False)]
     assert list(itertools.chain(*taken)) == list(itertools.chain(*whole))
     assert all(len(keys) == 4 for keys in taken)
+
+
+STAGES = [
+    Stage(after=2, crop_size=24, batch_size=8),
+    Stage(after=5, crop_size=32, batch_size=4),
+]
+
+
+def taken(batches, num: int) -> list[list[tuple[str, bytes, bytes]]]:
+    """(key, pixels) of the samples of so many batches."""
+    return [
+        [
+            (key, low.numpy().tobytes(), high.numpy().tobytes())
+            for key, low, high in zip(b.key, b.degraded, b.clean, strict=True)
+        ]
+        for b, _ in zip(batches, range(num), strict=False)
+    ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stages_change_crops_and_batches_and_nothing_of_the_order(folder, num_workers):
+    """At the step they say, for any number of ranks and from any step on."""
+
+    def staged(rank=0, world_size=1, step=0) -> Loader:
+        data = config(folder, num_workers=num_workers)
+        made = Loader(data, scale=2, batch_size=12, stages=STAGES, seed=3, rank=rank, world_size=world_size)
+        made.position = made.position_after(step)
+        return made
+
+    whole = [batch for batch, _ in zip(staged(), range(8), strict=False)]
+    sizes = [(len(batch.key), batch.clean.shape[-1], batch.degraded.shape[-1]) for batch in whole]
+    assert sizes == [(12, 16, 8)] * 2 + [(8, 24, 12)] * 3 + [(4, 32, 16)] * 3
+    keys = [key for batch in whole for key in batch.key]
+    assert keys == [key for key, _ in samples(config(folder), len(keys) // 4, batch_size=4)]
+    made = staged()
+    for step, _ in zip(range(1, 9), made, strict=False):
+        assert made.position == made.position_after(step)
+    expected = taken(staged(), 8)
+    for step in (1, 2, 4, 5, 7) if not num_workers else (2,):
+        assert taken(staged(step=step), 8 - step) == expected[step:]
+    ranks = [taken(staged(rank, 4), 8) for rank in range(4 if not num_workers else 0)]
+    for shares, batch in zip(zip(*ranks, strict=True), expected, strict=False):
+        assert sorted(itertools.chain(*shares)) == sorted(batch)
+
+
+@pytest.mark.parametrize("per", ["batch", "sample"])
+def test_mixup_blends_each_sample_with_the_one_before_it_in_its_place(folder, per):
+    mixup = {"beta": 1.2, "after": 2, "per": per, "probability": 0.7}
+    plain = [batch for batch, _ in zip(loader(config(folder), 12), range(9), strict=False)]
+    mixed = [batch for batch, _ in zip(loader(config(folder, mixup=mixup), 12), range(9), strict=False)]
+    shares = []
+    for step, (now, batch) in enumerate(zip(plain, mixed, strict=True)):
+        assert batch.key == now.key
+        if step < 2:
+            assert torch.equal(batch.clean, now.clean)
+            continue
+        for place in range(12):
+            before = plain[step - 1]
+            line = now.clean[place] - before.clean[place]
+            share = float(((batch.clean[place] - before.clean[place]) * line).sum() / line.square().sum())
+            for made, new, old in (
+                (batch.clean, now.clean, before.clean),
+                (batch.degraded, now.degraded, before.degraded),
+            ):
+                torch.testing.assert_close(
+                    made[place], share * new[place] + (1 - share) * old[place], atol=1e-5, rtol=0
+                )
+            shares.append(round(share, 4))
+    assert 0 <= min(shares) < 0.5
+    assert 0.1 < np.mean(np.array(shares) == 1) < 0.6
+    assert len(set(shares)) > 30 if per == "sample" else len(set(shares)) <= 7
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(1, 2), (2, 1), (3, 2)])
+def test_mixup_is_the_same_for_any_number_of_ranks_and_after_a_resume(folder, world_size, accumulate):
+    data = config(folder, mixup={"probability": 0.7, "per": "sample"})
+    expected = samples(data, 6)
+
+    def part(rank: int, step: int) -> list[tuple[str, bytes]]:
+        made = Loader(data, scale=2, batch_size=12, accumulate=accumulate, seed=3, rank=rank, world_size=world_size)
+        made.position = 12 * step
+        parts = [batch for batch, _ in zip(made, range((6 - step) * accumulate), strict=False)]
+        return [(key, image.numpy().tobytes()) for b in parts for key, image in zip(b.key, b.clean, strict=True)]
+
+    for step in (0, 3):
+        found = sorted(sample for rank in range(world_size) for sample in part(rank, step))
+        assert found == sorted(expected[12 * step :])
+
+
+def test_sources_that_are_repeated_come_in_the_numbers_of_their_rows(folder, tmp_path):
+    small = write_dataset(tmp_path, num_rows=5, num_shards=1)
+    train = [
+        {"source": {"format": "parquet", "path": str(path)}, "degradation": BICUBIC, "repeat": repeat}
+        for path, repeat in ((folder, 1), (small, 10))
+    ]
+    data = config(folder, train=train)
+    drawn = samples(data, 81, batch_size=12)
+    large = {row.key for row in ParquetSource(path=str(folder)).open()} - {f"{i:03d}" for i in range(5)}
+    share = sum(key in large for key, _ in drawn) / len(drawn)
+    assert share == pytest.approx(26 / 81, abs=0.02)
+    for change, message in (({"repeat": None}, "give this one its own"), ({"weight": 2}, "a weight and a repeat")):
+        with pytest.raises(ValueError, match=message):
+            config(folder, train=[train[0], train[1] | change])
 
 
 def test_a_source_with_few_row_groups_for_so_many_processes_is_said_at_the_start(folder, caplog):

@@ -52,8 +52,8 @@ def test_the_places_of_a_rank_are_a_run_of_the_sequence(lengths, num_lanes, epoc
     assert [row for rows in seen for row in sorted(rows)] == list(range(order.num_rows))
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.integers(1, 20), min_size=2, max_size=4), st.integers(0, 3), st.integers(1, 24))
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(1, 20), min_size=2, max_size=4), st.integers(0, 3), st.integers(1, 6))
 def test_a_mixture_takes_every_source_in_its_share_and_skips_nothing(weights, seed, num_lanes):
     mixture = Mixture.of(weights, seed, num_lanes)
     located = [mixture.locate(position) for position in range(2 * BLOCK * num_lanes)]
@@ -71,4 +71,4 @@ def test_a_mixture_takes_every_source_in_its_share_and_skips_nothing(weights, se
 
 def test_a_weight_too_small_to_keep_is_an_error():
     with pytest.raises(ValueError, match="smallest weight"):
-        Mixture.of([1, 1000], seed=0)
+        Mixture.of([1, 2000], seed=0)

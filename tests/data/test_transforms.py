@@ -58,6 +58,22 @@ def test_bicubic_of_a_window_is_the_window_of_the_whole_resized(scale):
     assert torch.equal(degraded, imresize(whole, 1 / scale))
 
 
+@pytest.mark.parametrize("edge_decay", [0.0, 0.5, 1.0])
+def test_edge_decay_draws_crops_at_the_borders_as_often_as_published(edge_decay):
+    """Per side: flush with either end by edge_decay * crop / image / 2, and by chance; within 5 standard deviations."""
+    row = Row("a", encode(picture(60, 90)), encode(picture(60, 90)), "here")
+    corners = []
+    for seed in range(2000):
+        _, clean = training_pair(row, 30, 1, None, "none", np.random.default_rng(seed), edge_decay)
+        corners.append((int(clean[0, 0, 0]), int(clean[1, 0, 0])))
+    for starts, side in zip(zip(*corners, strict=True), (60, 90), strict=True):
+        chosen = edge_decay * 30 / side
+        expected = chosen / 2 + (1 - chosen) / (side - 30 + 1)
+        for end in (0, side - 30):
+            share = np.mean(np.array(starts) == end)
+            assert abs(share - expected) <= 5 * (expected * (1 - expected) / 2000) ** 0.5
+
+
 def test_unequal_sizes_are_named_before_anything_is_decoded():
     row = Row("a", encode(picture(40, 40))[:99], encode(picture(19, 20))[:99], "here")
     for pair in (

@@ -77,14 +77,20 @@ def checkpoint_tensors(run_dir, step):
     return {f"{f.name}:{k}": v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
 
 
-def test_six_steps_equal_three_and_three_more(tmp_path):
-    values = tiny_config(tmp_path, steps=6)
+STAGES = [{"after": 2, "crop_size": 24, "batch_size": 8}, {"after": 4, "crop_size": 32, "batch_size": 4}]
+
+
+@pytest.mark.parametrize("stages", [[], STAGES], ids=["constant", "stages"])
+def test_six_steps_equal_three_and_three_more(tmp_path, stages):
+    values = tiny_config(tmp_path, steps=6, stages=stages)
+    if stages:
+        values["data"]["mixup"] = {"after": 1, "probability": 1.0}
     whole = build_engine(validate(values, "whole"))
     assert whole.fit() == 0
-    half = build_engine(validate(values | {"name": "half", "steps": 3}, "half"))
+    half = build_engine(validate(values | {"name": "half", "steps": 3, "stages": stages[:1]}, "half"))
     assert half.fit() == 0
     resumed = build_engine(validate(values | {"name": "half"}, "resumed"), resume="auto")
-    assert (resumed.state.step, resumed.loader.position) == (3, 12)
+    assert (resumed.state.step, resumed.loader.position) == (3, 16 if stages else 12)
     assert resumed.fit() == 0
     expected, got = checkpoint_tensors(whole.run_dir, 6), checkpoint_tensors(resumed.run_dir, 6)
     assert expected.keys() == got.keys()

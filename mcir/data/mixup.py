@@ -1,0 +1,63 @@
+"""Mixup: each sample is blended with the one that was in its place of the batch a step before.
+
+Published code pairs the samples of a GPU's own batch, so what it computes depends on the number of GPUs. A place of the
+batch always is the same rank's, so here it does not, and no image is decoded for it.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat
+from torch import Tensor
+
+from mcir.section import Section
+
+
+class Mixup(Section):
+    """x <- l x + (1 - l) x', for degraded and clean alike, l ~ Beta(beta, beta) (Zhang et al., "mixup: beyond empirical
+    risk minimization", ICLR 2018). The Restormer family: the defaults; MIRNet and Uformer: beta 0.6, probability 1, per
+    sample, after 5 epochs."""
+
+    beta: PositiveFloat = 1.2
+    """Both parameters of the Beta distribution."""
+    after: NonNegativeInt = 0
+    """The steps after this one are mixed."""
+    probability: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of mixing at all."""
+    per: Literal["batch", "sample"] = "batch"
+    """What l and whether to mix are drawn for."""
+
+
+class Mixer:
+    """Remembers a step's samples for the next."""
+
+    def __init__(self, mixup: Mixup, seed: int, start: int) -> None:
+        """`start`: the position of the first sample that may be mixed."""
+        self.mixup, self.seed, self.start = mixup, seed, start
+        self._before: dict[int, tuple[list[int], Tensor, Tensor]] = {}
+
+    def __call__(
+        self, part: int, batch: int, positions: Sequence[int], places: list[int], degraded: Tensor, clean: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both images (B, 3, H, W) of micro-batch `part` of the step whose batch begins at position `batch`, mixed.
+        `places`: where in the micro-batch each of the B stands, and `positions` which samples they are."""
+        before, self._before[part] = self._before.get(part), (places, degraded, clean)
+        if before is None or batch < self.start:
+            return degraded, clean
+        there = {place: i for i, place in enumerate(before[0])}
+        own = [self._weight(batch if self.mixup.per == "batch" else position) for position in positions]
+        own = [weight if place in there else 1.0 for weight, place in zip(own, places, strict=True)]
+        if all(weight == 1 for weight in own):
+            return degraded, clean
+        weight = torch.tensor(own, device=clean.device)[:, None, None, None]
+        partners = torch.tensor([there.get(place, 0) for place in places], device=clean.device)
+        return (
+            weight * degraded + (1 - weight) * before[1][partners],
+            weight * clean + (1 - weight) * before[2][partners],
+        )
+
+    def _weight(self, position: int) -> float:
+        rng = np.random.default_rng([self.seed, 4, position])
+        return float(rng.beta(self.mixup.beta, self.mixup.beta)) if rng.random() < self.mixup.probability else 1.0
