@@ -107,7 +107,7 @@ class SampleStream:
     def __init__(self, data: DataConfig, scale: int, seed: int, num_lanes: int) -> None:
         """UserError where a source cannot be opened or holds nothing."""
         self.data, self.scale, self.seed, self.num_lanes = data, scale, seed, num_lanes
-        self.units = [train.source.open() for train in data.train]
+        self.units = [train.source.open_at(f"data.train.{i}.source") for i, train in enumerate(data.train)]
         num_rows = [sum(units.lengths) for units in self.units]
         weights = [t.repeat * rows if t.repeat else t.weight for t, rows in zip(data.train, num_rows, strict=True)]
         try:
