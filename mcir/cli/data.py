@@ -59,7 +59,7 @@ def pack(
     """Write image folders as the Parquet shards that training and evaluation stream. Interrupted, it continues."""
     from pyarrow.parquet import read_metadata
 
-    from mcir.data.pack import Options
+    from mcir.data.options import Options
     from mcir.data.pack import pack as write
 
     if split and split not in _SPLITS:

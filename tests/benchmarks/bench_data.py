@@ -35,8 +35,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms.functional import crop, hflip, to_tensor
 
 from mcir.data.loader import Loader
+from mcir.data.options import Options
 from mcir.data.order import Order, share
-from mcir.data.pack import ROW_GROUP_BYTES, Options, pack
+from mcir.data.pack import ROW_GROUP_BYTES, pack
 from mcir.data.pairs import pair_folders
 from mcir.data.rows import Row, Units
 from mcir.data.stream import DataConfig, Desk, Reader, SourceStream

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from mcir.data.inspect import contact_sheet, degradation_examples, inspect_packed, inspect_pairs
 from mcir.data.layouts import find_pairs
-from mcir.data.pack import Options, pack
+from mcir.data.options import Options
+from mcir.data.pack import pack
 from mcir.data.pairs import pair_folders
 from mcir.errors import UserError
 

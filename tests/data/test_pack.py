@@ -22,9 +22,11 @@ from mcir.data.card import checksums
 from mcir.data.decode import decode
 from mcir.data.degrade import Bicubic
 from mcir.data.layouts import find_pairs
-from mcir.data.pack import Options, crop_positions, pack
+from mcir.data.options import Options
+from mcir.data.pack import pack
 from mcir.data.pairs import Pair, Pairs, pair_folders
 from mcir.data.resize import imresize
+from mcir.data.spool import crop_positions
 from mcir.errors import UserError
 
 
@@ -167,7 +169,7 @@ def test_a_pack_stopped_anywhere_continues_to_the_same_bytes(photographs, tmp_pa
     options = Options(num_shards=4, crop_size=crop_size)
     pack(photographs, tmp_path / "whole", options)
     expected = digests(tmp_path / "whole")
-    write, fsync, calls = pack_module._write, os.fsync, []
+    fsync, calls = os.fsync, []
 
     def stop_at(count: int) -> None:
         calls.clear()
@@ -193,7 +195,6 @@ def test_a_pack_stopped_anywhere_continues_to_the_same_bytes(photographs, tmp_pa
         assert digests(output) == expected
         assert not list(output.rglob("*.part"))
         assert all(shard.stat().st_mtime_ns == before for shard, before in written.items())  # kept, not rewritten
-    assert pack_module._write is write
     assert pack(photographs, tmp_path / "whole", options) == sorted(
         (tmp_path / "whole").glob("*.parquet")
     )  # nothing to do
@@ -206,7 +207,7 @@ def test_a_killed_pack_of_several_processes_continues_to_the_same_bytes(tmp_path
     pack(pair_folders(tmp_path / "clean"), tmp_path / "whole", Options(crop_size=50, num_shards=20))
     program = (
         "import sys; from pathlib import Path; from mcir.data.pairs import pair_folders;"
-        "from mcir.data.pack import Options, pack\n"
+        "from mcir.data.options import Options; from mcir.data.pack import pack\n"
         "if __name__ == '__main__':\n"
         "    pack(pair_folders(Path(sys.argv[1])), Path(sys.argv[2]), Options(crop_size=50, num_shards=20), 2)\n"
     )
@@ -273,9 +274,97 @@ def test_what_cannot_be_packed_is_refused_with_its_file(photographs, tmp_path):
     deep = tmp_path / "deep/a.png"
     deep.parent.mkdir()
     Image.fromarray(np.zeros((20, 20), np.uint16)).save(deep)
-    with pytest.raises(UserError, match=r"deep/a.png has 16 bits a channel"):
-        pack(pair_folders(deep.parent), tmp_path / "out-c", Options(crop_size=10))
-    pack(pair_folders(deep.parent), tmp_path / "out-d", Options())  # whole, it keeps its bytes
+    (deep.parent / "b.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^1 of 2 samples cannot be packed: .*deep/b.png: the image is empty"):
+        pack(pair_folders(deep.parent), tmp_path / "out-c", Options())
+
+
+@pytest.mark.parametrize("crop_size", [None, 8])
+@pytest.mark.parametrize("degradation", [None, Bicubic(scale=2)])
+def test_16_bits_stay_16_bits(tmp_path, crop_size, degradation):
+    """Whole images keep their bytes; what is cut or made of them is PNG with 16 bits, WebP or not."""
+    deep = np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16)
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(deep).save(tmp_path / "deep/a.png")
+    options = Options(crop_size=crop_size, crop_format="webp", degradation=degradation, seed=None)
+    pack(pair_folders(tmp_path / "deep"), tmp_path / "out", options)
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == (1 if crop_size is None else 4)
+    clean = decode(rows[-1]["clean"]["bytes"], "clean")
+    whole = torch.from_numpy(deep.astype(np.float32) / 65535).expand(3, -1, -1)
+    assert torch.equal(clean, whole[:, -clean.shape[1] :, -clean.shape[2] :])
+    if degradation is not None:
+        expected = imresize(whole, 1 / 2).clamp(0, 1)
+        made = decode(rows[-1]["degraded"]["bytes"], "degraded")
+        assert made.dtype == torch.float32
+        expected = expected[:, -made.shape[1] :, -made.shape[2] :]
+        torch.testing.assert_close(made, expected, rtol=0, atol=0.5 / 65535 + 1e-6)
+
+
+@pytest.mark.parametrize("crop_size", [None, 24])
+def test_bad_images_are_named_at_once_and_the_same_command_goes_on_without_them(photographs, tmp_path, crop_size):
+    bad = {"clean/03.png": b"", "degraded/05.png": b"no image"}
+    for name, data in bad.items():
+        (tmp_path / name).write_bytes(data)
+    options, output = Options(num_shards=3, crop_size=crop_size), tmp_path / "out"
+
+    def again():
+        return pack(pair_folders(tmp_path / "clean", tmp_path / "degraded", scale=2), output, options)
+
+    with pytest.raises(UserError) as caught:
+        again()
+    assert str(caught.value).startswith("2 of 12 samples cannot be packed: ")
+    assert all(str(tmp_path / name) in str(caught.value) for name in bad)
+    assert not list(output.glob("*.parquet"))
+    spooled = {file.name: file.stat().st_mtime_ns for file in (output / ".spool").iterdir()}
+    assert len(spooled) == 10
+    for name in bad:
+        for half in ("clean", "degraded"):
+            (tmp_path / half / Path(name).name).unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack_module, "spool", None)  # nothing is decoded again
+        again()
+    pack(pair_folders(tmp_path / "clean", tmp_path / "degraded", scale=2), tmp_path / "fresh", options)
+    assert digests(output) == digests(tmp_path / "fresh")
+    assert not (output / ".spool").exists()
+
+
+def test_an_image_that_is_mended_is_looked_at_again_and_no_shard_of_before_stays(photographs, tmp_path):
+    options, output = Options(num_shards=3), tmp_path / "out"
+    mended = (tmp_path / "clean/03.png").read_bytes()
+    (tmp_path / "clean/03.png").write_bytes(b"")
+    with pytest.raises(UserError, match="1 of 12 samples"):
+        pack(photographs, output, options)
+    (output / "train-00000-of-00003.parquet").write_bytes(b"of other samples")
+    (tmp_path / "clean/03.png").write_bytes(mended)
+    pack(photographs, output, options)
+    pack(photographs, tmp_path / "fresh", options)
+    assert digests(output) == digests(tmp_path / "fresh")
+
+
+def test_where_every_image_is_bad_not_all_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_module, "_ALL_BAD", 4)
+    for i in range(9):
+        (tmp_path / "clean").mkdir(exist_ok=True)
+        (tmp_path / f"clean/{i}.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^4 of 9 samples"):
+        pack(pair_folders(tmp_path / "clean"), tmp_path / "out", Options())
+
+
+def test_two_packs_into_one_folder_at_once(photographs, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    program = (
+        "import fcntl, sys\nlock = open(sys.argv[1], 'a')\nfcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\nsys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program, str(output / ".pack.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=r"another `mcir data pack` writes into .*out; wait, or choose another"):
+            pack(photographs, output, Options())
+        other.kill()  # a lock dies with its process
+    assert len(pack(photographs, output, Options())) == 1
 
 
 def test_a_finished_pack_mends_its_missing_and_damaged_shards(photographs, tmp_path):
