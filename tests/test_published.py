@@ -121,6 +121,19 @@ def test_the_all_in_one_recipe_is_promptirs_with_another_network_and_its_history
     assert config.objective.num_negatives == 4
 
 
+@pytest.mark.parametrize("task", ["derain", "motion_deblur", "denoise_color"])
+def test_restormers_crops_grow_while_its_batches_shrink(task):
+    """iters, gt_sizes and mini_batch_sizes (of each of 8 GPUs) of its option files."""
+    phases = recipe(f"restormer_{task}").phases
+    steps = [92_000, 64_000, 48_000, 36_000, 36_000, 24_000]
+    assert [phase.step for phase in phases] == [sum(steps[:i]) for i in range(6)]
+    assert [phase.crop_size for phase in phases] == [128, 160, 192, 256, 320, 384]
+    assert [phase.batch_size for phase in phases] == [8 * n for n in (8, 5, 4, 2, 1, 1)]
+    assert sum(steps) == 300_000
+    mixup = recipe(f"restormer_{task}").data.mixup
+    assert (mixup.beta, mixup.probability) == (1.2, 0.5) if task == "denoise_color" else mixup is None
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_trains_two_steps_and_validates(name, tmp_path):
     text = (CONFIGS / "published" / f"{name}.yaml").read_text()
@@ -137,6 +150,7 @@ def test_trains_two_steps_and_validates(name, tmp_path):
         "batch_size=2",
         "optim.lr_every=1",
         "init_from=null",
+        "stages=[]",
         "data.crop_size=32",
         "data.num_workers=0",
         *arch,

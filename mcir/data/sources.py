@@ -30,7 +30,7 @@ from mcir.data.pairs import Pair, Pairs, pair_folders
 from mcir.data.parquet import Columns, open_parquet
 from mcir.data.rows import Row, Units
 from mcir.errors import UserError
-from mcir.section import PathText, Section
+from mcir.section import Section
 
 FILES_IN_A_UNIT = 16
 _CONVERTED = "refs/convert/parquet"
@@ -41,22 +41,13 @@ class Source(Section, ABC):
     def open(self) -> Units:
         """Find the units. UserError where nothing is found or a column is missing."""
 
-    def open_at(self, place: str) -> Units:
-        """`open`, where errors begin with the field of the config, below `place`, whose value they are about."""
-        try:
-            return self.open()
-        except UserError as error:
-            given = {name: value for name, value in self if name != "format" and value and str(value) in str(error)}
-            field = max(given, key=lambda name: len(str(given[name])), default="")
-            raise UserError(f"{place}.{field}: {error}" if field else f"{place}: {error}") from error
-
 
 class ParquetSource(Source):
     """Parquet shards with columns `clean`, `key` and, where paired, `degraded`, as `mcir data pack` writes them, or
     others."""
 
     format: Literal["parquet"] = "parquet"
-    path: PathText
+    path: str
     """A folder of *.parquet files, one file, or a glob."""
     columns: Columns = Columns()
 
@@ -132,8 +123,8 @@ class FolderSource(Source):
     """Image folders. Pairs have the same path below both folders up to the file name's suffix, or fit a pattern."""
 
     format: Literal["folders"]
-    clean: PathText
-    degraded: PathText | None = None
+    clean: str
+    degraded: str | None = None
     pattern: str = "{key}"
     """Names of degraded images, where they differ from the clean ones: `{key}x4.png`; with `*`, such as `{key}_*`, many
     belong to one clean image."""
@@ -168,7 +159,7 @@ class TarSource(Source):
     are no images (KEY.json) are left alone."""
 
     format: Literal["tars"]
-    path: PathText
+    path: str
     """A folder of *.tar files, one file, or a glob."""
 
     def open(self) -> Units:

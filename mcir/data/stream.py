@@ -45,6 +45,9 @@ class DataConfig(Section):
     """Crops near a border are rare: with a probability of this times crop / image a side's crop is flush with one of
     its ends instead (DehazeFormer, MixDehazeNet)."""
     mixup: Mixup | None = None
+    small_images: Literal["fail", "reflect"] = "fail"
+    """Of an image smaller than the crop: a mistake, or mirrored at its lower and right border up to the crop's size
+    (Restormer, MPRNet)."""
     num_workers: NonNegativeInt = 4
     """Decoding processes of each rank."""
     shuffle_buffer: PositiveInt = 1024
@@ -107,7 +110,7 @@ class SampleStream:
     def __init__(self, data: DataConfig, scale: int, seed: int, num_lanes: int) -> None:
         """UserError where a source cannot be opened or holds nothing."""
         self.data, self.scale, self.seed, self.num_lanes = data, scale, seed, num_lanes
-        self.units = [train.source.open_at(f"data.train.{i}.source") for i, train in enumerate(data.train)]
+        self.units = [train.source.open() for train in data.train]
         num_rows = [sum(units.lengths) for units in self.units]
         weights = [t.repeat * rows if t.repeat else t.weight for t, rows in zip(data.train, num_rows, strict=True)]
         try:
@@ -161,7 +164,14 @@ class SampleStream:
         rng = np.random.default_rng([self.seed, epoch, which, zlib.crc32(row.key.encode())])
         try:
             pair = training_pair(
-                row, crop_size, self.scale, train.degradation, self.data.augment, rng, self.data.edge_decay
+                row,
+                crop_size,
+                self.scale,
+                train.degradation,
+                self.data.augment,
+                rng,
+                self.data.edge_decay,
+                self.data.small_images == "reflect",
             )
         except UserError as error:
             return Failure(str(error))

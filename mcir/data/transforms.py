@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from mcir.data.decode import decode, image_size
@@ -42,35 +43,52 @@ def training_pair(
     augment: Augment,
     rng: np.random.Generator,
     edge_decay: float = 0.0,
+    reflect_small: bool = False,
 ) -> tuple[Pixels, Pixels]:
     """(degraded, clean): the same random window of both, clean `crop_size` pixels square, degraded crop_size / scale.
 
     Images are decoded as far down as the window reaches.
 
-    UserError where the pair's sizes do not fit each other or the image is smaller than the crop.
+    UserError where the pair's sizes do not fit each other, or the image is smaller than the crop and `reflect_small`,
+    which mirrors it at its lower and right border, is not set.
     """
     height, width = _degraded_size(row, scale, degradation)
     size = crop_size // scale
-    if height < size or width < size:
+    is_small = height < size or width < size
+    if is_small and not reflect_small:
         clean_size = image_size(row.clean, f"{row.where}, clean")
         raise UserError(
             f"{row.where}: the clean image is {clean_size[0]} x {clean_size[1]}, smaller than the crop of "
-            f"{crop_size}; lower data.crop_size or leave small images out"
+            f"{crop_size}; lower data.crop_size, set data.small_images to reflect, or leave small images out"
         )
-    top, left = (_start(side, size, edge_decay, rng) for side in (height, width))
+    rows, columns = max(height, size), max(width, size)
+    top, left = (_start(side, size, edge_decay, rng) for side in (rows, columns))
     below = 2 * scale if isinstance(degradation, Bicubic) else 0  # its kernel reaches beyond the crop
     clean = decode(row.clean, f"{row.where}, clean", bottom=(top + size) * scale + below)
+    if is_small:
+        clean = _reflected(clean[:, : height * scale, : width * scale], crop_size)
     if isinstance(degradation, Bicubic):
-        multiple = clean[:, : height * scale, : width * scale]
+        multiple = clean[:, : rows * scale, : columns * scale]
         degraded = imresize_crop(multiple, 1 / scale, top, left, size, size)
     clean = clean[:, top * scale : top * scale + crop_size, left * scale : left * scale + crop_size]
     if row.degraded is not None:
         degraded = decode(row.degraded, f"{row.where}, degraded", bottom=top + size)
+        if is_small:
+            degraded = _reflected(degraded, size)
         degraded = degraded[:, top : top + size, left : left + size]
     elif not isinstance(degradation, Bicubic):
         assert degradation is not None
         degraded = degradation(clean, rng)
     return _augment(augment, rng, degraded, clean)
+
+
+def _reflected(image: Tensor, least: int) -> Tensor:
+    """(3, H, W), sides of at least `least`: mirrored at the lower and right border, with the border pixel."""
+    for dim in (-2, -1):
+        side = image.shape[dim]
+        index = torch.arange(max(side, least)) % (2 * side)
+        image = image.index_select(dim, torch.where(index < side, index, 2 * side - 1 - index))
+    return image
 
 
 def _start(side: int, size: int, edge_decay: float, rng: np.random.Generator) -> int:

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, field_validator
 from torch import Tensor, nn
 
 from mcir.errors import UserError
-from mcir.section import PathText, Section
+from mcir.section import Section
 
 CONVS_PER_STAGE = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # Simonyan & Zisserman 2015, columns D and E
 RESNET_STAGES = {"resnet152": 4}
@@ -26,12 +26,14 @@ RANGES = {
 
 
 def tap_indices(network: str) -> dict[str, int]:
-    """`relu3_3` -> its index in torchvision's `vgg.features`; `layer2` -> its place among the resnet's children."""
+    """`relu3_3` or `conv3_3` -> its index in torchvision's `vgg.features`; `layer2` -> its place among the resnet's
+    children."""
     if network in RESNET_STAGES:
         return {f"layer{stage}": stage + 3 for stage in range(1, RESNET_STAGES[network] + 1)}  # conv1 bn1 relu maxpool
     indices, i = {}, 0
     for stage, convs in enumerate(CONVS_PER_STAGE[network], 1):
         for conv in range(1, convs + 1):
+            indices[f"conv{stage}_{conv}"] = i
             indices[f"relu{stage}_{conv}"] = i + 1
             i += 2
         i += 1  # the pooling layer
@@ -43,11 +45,11 @@ class FeaturesConfig(Section):
 
     network: Literal["vgg16", "vgg19", "resnet152"] = "vgg16"
     layers: dict[str, PositiveFloat] = Field(RELEASED_LAYERS, min_length=1)
-    """Tap (relu1_1 ... relu5_4, after the ReLU; layer1 ... layer4 of a resnet) to weight. The default is the released
-    SPN configuration."""
+    """Tap (relu1_1 ... relu5_4, after the ReLU; conv1_1 ... conv5_4, before it; layer1 ... layer4 of a resnet) to
+    weight. The default is the released SPN configuration."""
     normalise: Literal["imagenet", "none", "minus_one_to_one"] = "imagenet"
     """What images in [0, 1] become before they enter: ImageNet's mean and deviation, as they are, or 2 v - 1."""
-    weights: PathText = "imagenet"
+    weights: str = "imagenet"
     """`imagenet` (torchvision's download and cache), a file with torchvision's keys (.pth or .safetensors, may stop
     early), or `random` (seeded initialisation: for work without a network, not for published numbers)."""
 

@@ -142,8 +142,7 @@ class _Perceptual(nn.Module):
         self.features = config.features.build()
 
     def forward(self, restored: Tensor, clean: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = self.features(clean)
+        wanted = self.features.of_constant(clean)
         total = torch.zeros(len(clean), device=clean.device)
         for weight, found, target in zip(self.features.tap_weights, self.features(restored), wanted, strict=True):
             difference = found.float() - target.float()

@@ -74,6 +74,27 @@ def test_edge_decay_draws_crops_at_the_borders_as_often_as_published(edge_decay)
             assert abs(share - expected) <= 5 * (expected * (1 - expected) / 2000) ** 0.5
 
 
+@pytest.mark.parametrize(("height", "width"), [(20, 90), (90, 20), (20, 20), (14, 61)])
+def test_small_images_are_mirrored_at_the_lower_and_right_border(height, width):
+    """As numpy's symmetric padding of both halves; the crop may lie anywhere along a side that is long enough."""
+    clean = picture(height + 1, width)  # not quite twice the degraded image
+    degraded = clean[: height // 2 * 2 : 2, : width // 2 * 2 : 2]
+    row = Row("a", encode(clean[: height // 2 * 2 + height % 2]), encode(degraded), "here")
+    padded = [
+        np.pad(image, [(0, max(0, least - side)) for side in image.shape[:2]] + [(0, 0)], mode="symmetric")
+        for image, least in ((degraded, 30), (clean[: height // 2 * 2, : width // 2 * 2], 60))
+    ]
+    for seed in range(20):
+        low, high = training_pair(row, 60, 2, None, "none", np.random.default_rng(seed), reflect_small=True)
+        top, left = int(low[0, 0, 0]) // 2, int(low[1, 0, 0]) // 2
+        np.testing.assert_array_equal(low, padded[0][top : top + 30, left : left + 30].transpose(2, 0, 1))
+        np.testing.assert_array_equal(
+            high, padded[1][2 * top : 2 * top + 60, 2 * left : 2 * left + 60].transpose(2, 0, 1)
+        )
+    with pytest.raises(UserError, match=r"set data\.small_images to reflect"):
+        training_pair(row, 60, 2, None, "none", np.random.default_rng(0))
+
+
 def test_unequal_sizes_are_named_before_anything_is_decoded():
     row = Row("a", encode(picture(40, 40))[:99], encode(picture(19, 20))[:99], "here")
     for pair in (

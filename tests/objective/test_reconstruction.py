@@ -115,7 +115,7 @@ def test_structure_is_measured_in_fp32_under_autocast():
 @pytest.mark.parametrize(("distance", "apart"), [("l1", F.l1_loss), ("mse", F.mse_loss)])
 def test_perceptual_pulls_the_features_to_the_clean_images(pair, distance, apart):
     restored, clean = pair
-    features = FeaturesConfig(layers={"relu1_2": 0.25, "relu2_2": 0.75}, weights="random")
+    features = FeaturesConfig(layers={"relu1_2": 0.25, "conv2_2": 0.75}, weights="random", normalise="none")
     perceptual = Perceptual(weight=2, distance=distance, features=features).build()
     restored.requires_grad_()
     value = perceptual(restored, clean)
