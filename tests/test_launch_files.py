@@ -7,7 +7,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 FILES = sorted((Path(__file__).parents[1] / "launch" / "accelerate").glob("*.yaml"))
-TYPES = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+TYPES = {
+    "single": "NO",
+    "ddp": "MULTI_GPU",
+    "fsdp2": "FSDP",
+    "hsdp": "FSDP",
+    "zero2": "DEEPSPEED",
+    "zero3": "DEEPSPEED",
+}
 
 
 def test_all_are_there():
@@ -24,10 +31,14 @@ def test_accelerate_accepts_it(file):
     assert (loaded.gpu_ids == "-1,-1") == bool(cpu)
     args = launch_command_parser().parse_args(["--config_file", str(file), "-m", "mcir", "train", "x.yaml"])
     args, _, _ = _validate_launch_command(args)
-    assert args.use_fsdp == (name == "fsdp2")
+    assert args.use_fsdp == (name in ("fsdp2", "hsdp"))
     assert args.use_deepspeed == name.startswith("zero")
     assert args.multi_gpu == (name == "ddp")
-    if name == "fsdp2":
+    if args.use_fsdp:
         assert args.fsdp_version == 2
+    assert args.use_parallelism_config == (name == "hsdp")
+    if name == "hsdp":
+        sizes = args.parallelism_config_dp_replicate_size, args.parallelism_config_dp_shard_size
+        assert sizes[0] * sizes[1] == args.num_processes
     if name.startswith("zero"):
         assert args.zero_stage == int(name[-1])

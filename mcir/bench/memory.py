@@ -15,7 +15,9 @@ from mcir.archs.base import checkpoint_activations
 from mcir.config import RunConfig
 from mcir.objective.objective import Objective
 
-STRATEGIES = ("single", "ddp", "fsdp2", "zero2", "zero3")
+STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero2", "zero3")
+NODE = 8
+"""Processes that hsdp shards over; the nodes replicate."""
 
 
 def plan(config: RunConfig, strategy: str, world_size: int) -> dict[str, int]:
@@ -23,7 +25,7 @@ def plan(config: RunConfig, strategy: str, world_size: int) -> dict[str, int]:
     net = without_values(config)
     trained = 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
     whole = 4 * sum(t.numel() for t in [*net.parameters(), *net.buffers()])
-    shards = 1 if strategy in ("single", "ddp") else world_size
+    shards = 1 if strategy in ("single", "ddp") else min(NODE, world_size) if strategy == "hsdp" else world_size
     zero = strategy.startswith("zero")
     return {
         # ZeRO keeps an fp32 master beside the weights of the forward pass; ZeRO-2 keeps the latter whole

@@ -1,7 +1,7 @@
 """The strategy seam: one Accelerator from what the launch file says, checked; nothing here is guessed.
 
-`accelerate launch --config_file launch/accelerate/NAME.yaml -m mcir train …` chooses ddp, fsdp2, zero2 or zero3 and
-the number of processes. The `*_cpu.yaml` files rehearse the same strategies with gloo processes; they hide the GPUs
+`accelerate launch --config_file launch/accelerate/NAME.yaml -m mcir train …` chooses ddp, fsdp2, hsdp, zero2 or zero3,
+and the number of processes. The `*_cpu.yaml` files rehearse the same strategies with gloo processes; they hide the GPUs
 (CUDA_VISIBLE_DEVICES=-1,…), and without that sign a launch that finds no GPU is refused."""
 
 import os
@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     FullyShardedDataParallelPlugin,
@@ -75,8 +76,10 @@ def build_accelerator(
         raise UserError(
             "the launch file asks for FSDP1; set fsdp_config.fsdp_version to 2 (launch/accelerate/fsdp2.yaml)"
         )
+    parallelism = _parallelism(world_size)
     accelerator = Accelerator(
         cpu=rehearsal and not zero,
+        parallelism_config=None if rehearsal else parallelism,
         mixed_precision="no",  # autocast over fp32 weights is ours under every strategy (`autocast`)
         gradient_accumulation_steps=accumulate,
         fsdp_plugin=fsdp_plugin,
@@ -97,7 +100,7 @@ def build_accelerator(
         )
     if fsdp_plugin is not None:
         if rehearsal:
-            _promote_to_fsdp(accelerator, fsdp_plugin)
+            _promote_to_fsdp(accelerator, fsdp_plugin, parallelism)
         fsdp_plugin.transformer_cls_names_to_wrap = list(blocks)
         fsdp_plugin.mixed_precision_policy = None  # it would cast whole blocks
     if zero:
@@ -127,11 +130,11 @@ def autocast(accelerator: Accelerator) -> torch.autocast:
 
 
 def strategy(accelerator: Accelerator) -> str:
-    """`single`, `ddp`, `fsdp2`, `zero1`, `zero2` or `zero3`."""
+    """`single`, `ddp`, `fsdp2`, `hsdp`, `zero1`, `zero2` or `zero3`."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
     if accelerator.distributed_type == DistributedType.FSDP:
-        return "fsdp2"
+        return "hsdp" if accelerator.parallelism_config else "fsdp2"
     return "single" if accelerator.distributed_type == DistributedType.NO else "ddp"
 
 
@@ -188,12 +191,36 @@ def _require_deepspeed() -> None:
         raise UserError(f"ZeRO needs {error.name}: install mcir[deepspeed]") from error
 
 
-def _promote_to_fsdp(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+def _parallelism(world_size: int) -> ParallelismConfig | None:
+    """HSDP's two sizes, where the launch file has them: sharded inside a group, replicated between the groups.
+
+    Accelerate's constructor would read them itself, and refuse CPU processes before they are promoted."""
+    if os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return None
+    parallelism = ParallelismConfig()
+    replicate, shard = parallelism.dp_replicate_size, parallelism.dp_shard_size
+    if parallelism.total_size != replicate * shard or shard == 1:
+        raise UserError("parallelism_config: there is dp_shard_size (at least 2) and dp_replicate_size, nothing else")
+    if replicate * shard != world_size:
+        raise UserError(
+            f"parallelism_config: {replicate} replicas of {shard} shards are {replicate * shard} processes, and "
+            f"{world_size} were started: give accelerate launch --parallelism_config_dp_replicate_size and "
+            "--parallelism_config_dp_shard_size (launch/README.md)"
+        )
+    return parallelism if replicate > 1 else None
+
+
+def _promote_to_fsdp(
+    accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin, parallelism: ParallelismConfig | None
+) -> None:
     """Accelerate turns FSDP on for GPUs only; this does the same to connected CPU processes (accelerate 1.15,
     state.py)."""
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state._shared_state["fsdp_plugin"] = plugin
+    if parallelism is not None:
+        accelerator.state.parallelism_config = parallelism
+        accelerator.state.device_mesh = parallelism.get_device_mesh("cpu")
 
 
 def clip_and_guard(

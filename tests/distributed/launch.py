@@ -18,13 +18,17 @@ def write_config(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def command(launch_file: str, *arguments: str, num_processes: int = 2, script: str | None = None) -> list[str]:
-    """The command line of `mcir ARGUMENTS` (or of a Python script); `single` runs without a launcher."""
+def command(
+    launch_file: str, *arguments: str, num_processes: int | None = None, script: str | None = None
+) -> list[str]:
+    """The command line of `mcir ARGUMENTS` (or of a Python script) on `num_processes`, by default those of the launch
+    file; `single` runs without a launcher."""
     python, what = [sys.executable, "-m"], [script] if script else ["-m", "mcir"]
     if launch_file == "single":
         return [sys.executable, *what, *arguments]
     config = str(ROOT / "launch" / "accelerate" / f"{launch_file}.yaml")
-    launcher = ["accelerate.commands.launch", "--config_file", config, "--num_processes", str(num_processes)]
+    launcher = ["accelerate.commands.launch", "--config_file", config]
+    launcher += ["--num_processes", str(num_processes)] if num_processes else []
     return [*python, *launcher, *what, *arguments]
 
 
@@ -35,7 +39,7 @@ def environment() -> dict[str, str]:
 
 
 def run(
-    launch_file: str, *arguments: str, num_processes: int = 2, script: str | None = None, timeout: float = 300
+    launch_file: str, *arguments: str, num_processes: int | None = None, script: str | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """The finished process, stdout and stderr together."""
     return subprocess.run(

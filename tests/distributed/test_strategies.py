@@ -1,5 +1,5 @@
-"""ddp, fsdp2, zero2 and zero3 on two gloo processes, through the user's command: the same training, the same
-negatives."""
+"""ddp, fsdp2, zero2 and zero3 on two gloo processes, hsdp on four, through the user's command: the same training, the
+same negatives."""
 
 import json
 import shutil
@@ -16,8 +16,9 @@ from tests.distributed.launch import ROOT, run, write_config
 from tests.runs import tiny_config
 
 pytest.importorskip("deepspeed")
-STRATEGIES = ["ddp", "fsdp2", "zero2", "zero3"]
-SHARDED = [name if name in ("fsdp2", "zero3") else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]
+STRATEGIES = ["ddp", "fsdp2", "hsdp", "zero2", "zero3"]
+PAIRS = [name for name in STRATEGIES if name != "hsdp"]  # of processes; hsdp's two replicas of two shards are four
+SHARDED = [name if name in ("fsdp2", "zero3") else pytest.param(name, marks=pytest.mark.slow) for name in PAIRS]
 MIDDLE, LAST = "step-00000010", "step-00000020"
 
 
@@ -76,7 +77,7 @@ def layouts(default: Sequence[str], nhwc: Sequence[str]) -> list:
     ]
 
 
-@pytest.mark.parametrize(("name", "channels_last"), layouts(STRATEGIES, ["fsdp2", "zero3"]))
+@pytest.mark.parametrize(("name", "channels_last"), layouts(PAIRS, ["fsdp2", "zero3"]))
 def test_every_strategy_trains_what_one_process_trains(trained, name, channels_last):
     runs = {"single": trained("single"), name: trained(name, channels_last)}
     for tag in ("loss/total", "loss/reconstruction", "loss/contrast"):
@@ -90,7 +91,7 @@ def test_every_strategy_trains_what_one_process_trains(trained, name, channels_l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", PAIRS)
 def test_bf16_is_autocast_over_the_same_fp32_weights(folder, name):
     """bf16 rounds (2^-8), which is seen in the losses, and keeps fp32 weights: all strategies stay together."""
     for precision in ("fp32", "bf16"):
