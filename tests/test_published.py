@@ -86,8 +86,7 @@ def recipe(name: str, overrides: list[str] | None = None) -> RunConfig:
 
 
 def test_every_recipe_is_checked_here():
-    assert sorted(PUBLISHED) == sorted(RATES)
-    assert set(RECIPES) <= set(PUBLISHED)
+    assert sorted(PUBLISHED) == sorted(RATES) == RECIPES
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -134,7 +133,7 @@ def test_restormers_crops_grow_while_its_batches_shrink(task):
     assert (mixup.beta, mixup.probability) == (1.2, 0.5) if task == "denoise_color" else mixup is None
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in STAND_INS])
 def test_trains_two_steps_and_validates(name, tmp_path):
     text = (CONFIGS / "published" / f"{name}.yaml").read_text()
     pairs = {
