@@ -19,6 +19,7 @@ from mcir.data.stream import DataConfig
 from mcir.errors import UserError
 from mcir.evaluation.config import MEAN, ValidationConfig
 from mcir.objective.objective import ObjectiveConfig
+from mcir.objective.ratio import RatioConfig
 from mcir.parallel.config import ComputeConfig
 from mcir.section import TAGS, Section, parse_yaml, to_yaml
 from mcir.train.config import CheckpointConfig, TrackingConfig
@@ -103,12 +104,14 @@ class RunConfig(Section):
         for place, degradation in places:
             if degradation is not None and degradation.scale != scale:
                 faults.append(f"{place}.degradation: its scale is {degradation.scale}, the network's is {scale}")
-        history = self.objective.contrast.negatives if self.objective.contrast else ()
-        if (
-            self.ema_decay is None
-            and (k := next((k for k, s in enumerate(history) if s.source == "ema"), None)) is not None
-        ):
-            faults.append(f"objective.contrast.negatives.{k}.source: ema, but ema_decay is not set")
+        contrast = self.objective.contrast
+        for k, schedule in enumerate(contrast.negatives if contrast else ()):
+            if schedule.source == "ema" and self.ema_decay is None:
+                faults.append(f"objective.contrast.negatives.{k}.source: ema, but ema_decay is not set")
+        if isinstance(contrast, RatioConfig) and contrast.curriculum and self.validation is None:
+            faults.append("objective.contrast.curriculum: it goes by the validated PSNR, and there is no validation")
+        if self.data.mixup and self.objective.columns:
+            faults.append("data.mixup: it mixes no further images, which objective.contrast.columns asks for")
         if faults:
             raise ValueError("; ".join(faults))
         return self

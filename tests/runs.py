@@ -1,6 +1,7 @@
 """Small real runs for tests: a dataset of random images in Parquet shards, and a config over it."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,15 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def write_dataset(
-    folder: Path, num_rows: int = 24, num_shards: int = 3, side: int = 32, scale: int | None = None
+    folder: Path,
+    num_rows: int = 24,
+    num_shards: int = 3,
+    side: int = 32,
+    scale: int | None = None,
+    extra: Sequence[str] = (),
 ) -> Path:
-    """Shards of smooth random images with keys 000, 001, ...; `scale` adds a `degraded` column of that scale."""
+    """Shards of smooth random images with keys 000, 001, ...; `scale` adds a `degraded` column of that scale, `extra`
+    columns of the clean images' complements."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     for shard, indices in enumerate(np.array_split(np.arange(num_rows), num_shards)):
@@ -33,6 +40,8 @@ def write_dataset(
             if scale:
                 small = image.resize((side // scale, side // scale), Image.Resampling.BICUBIC)
                 columns.setdefault("degraded", []).append({"bytes": png(np.asarray(small)), "path": None})
+            for name in extra:
+                columns.setdefault(name, []).append({"bytes": png(255 - np.asarray(image)), "path": None})
         pq.write_table(pa.table(columns), folder / f"{shard:05d}.parquet", row_group_size=4)
     return folder
 

@@ -102,6 +102,19 @@ def test_stages_that_cannot_be(tmp_path):
     assert "stages.2.after: 6, and it should begin after step 3 and before the last, 6" in text
 
 
+def test_a_contrast_that_needs_what_the_run_has_not(tmp_path):
+    values = tiny_config(tmp_path, ema_decay=None)
+    values["objective"]["contrast"] |= {"name": "ratio", "negatives": [{}, {"source": "ema"}]}
+    values["objective"]["contrast"]["curriculum"] = {"thresholds": [30, 31]}
+    text = mistakes(values)
+    assert "objective.contrast.negatives.1.source: ema, but ema_decay is not set" in text
+    assert "objective.contrast.curriculum: it goes by the validated PSNR, and there is no validation" in text
+    values["objective"]["contrast"]["curriculum"] = {"thresholds": [30]}
+    assert "curriculum.thresholds: 1 for 2 negatives" in mistakes(values)
+    values["objective"]["contrast"] = {"name": "infonce", "negatives": []}
+    assert "nothing to push away from" in mistakes(values)
+
+
 def test_files_merge_left_to_right_and_overrides_come_last(tmp_path):
     (tmp_path / "a.yaml").write_text(dump(validate(tiny_config(tmp_path), "tiny")))
     overlay = (

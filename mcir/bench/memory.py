@@ -68,7 +68,7 @@ def _activations(config: RunConfig, net: nn.Module, world_size: int) -> int:
     side = largest.crop_size // config.arch.descriptor.scale
     batch = max(1, largest.batch_size // config.accumulate // world_size)
     contrast = config.objective.contrast
-    num_images = len(contrast.roles) + len(getattr(contrast, "columns", ())) if contrast else 0
+    num_images = len(contrast.roles) + len(config.objective.columns) if contrast else 0
     with torch.device("meta"):
         degraded = torch.empty(batch, 3, side, side)
         clean = torch.empty(batch, 3, largest.crop_size, largest.crop_size)

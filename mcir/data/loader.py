@@ -41,7 +41,7 @@ class Batch:
     `weight` is the share of this rank's places in the batch that hold a usable sample, by which its loss counts; the
     sum over ranks then is the same for any number of them. Where that is 0 there is no key, and the images are one of
     noise, for the sake of the steps that all ranks take together. `source` (B,) are the samples' places in
-    `data.train`, where it has several.
+    `data.train`, where it has several; `extra` the images of further columns, each shaped as clean.
     """
 
     degraded: Tensor
@@ -49,12 +49,13 @@ class Batch:
     key: list[str]
     weight: float = 1.0
     source: Tensor | None = None
+    extra: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Taken:
-    """The samples of a batch that are there: their labels, their places in it, (degraded, clean), and what the other
-    places have."""
+    """The samples of a batch that are there: their labels, their places in it, their images (degraded, clean,
+    those of further columns), and what the other places have."""
 
     labels: list[Label]
     places: list[int]
@@ -77,15 +78,17 @@ class Loader:
         world_size: int = 1,
         accumulate: int = 1,
         stages: Sequence[Stage] = (),
+        columns: Sequence[str] = (),
         device: torch.device | str = "cpu",
     ) -> None:
         """`batch_size` is that of a step, of all ranks together, until the first of `stages` changes it: each rank
-        takes an equal share of it, in `accumulate` equal parts."""
+        takes an equal share of it, in `accumulate` equal parts. `columns` are further images of the rows."""
         self.phases = phases(batch_size, data.crop_size, stages)
         assert all(phase.batch_size % (world_size * accumulate) == 0 for phase in self.phases)
         assert all(phase.crop_size % scale == 0 for phase in self.phases)
         self.data, self.scale, self.seed = data, scale, seed
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.columns = tuple(columns)
         self.device = torch.device(device)
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.position = 0
@@ -104,7 +107,8 @@ class Loader:
                 yield from self._batches(stream, phase)
 
     def _open(self) -> SampleStream:
-        stream = SampleStream(self.data, self.scale, self.seed, math.gcd(*(phase.batch_size for phase in self.phases)))
+        num_lanes = math.gcd(*(phase.batch_size for phase in self.phases))
+        stream = SampleStream(self.data, self.scale, self.seed, num_lanes, self.columns)
         if self.order not in (None, stream.order):
             raise UserError(
                 "the order of the samples is not that of the checkpoint, so some would be lost and others come again: "
@@ -130,8 +134,8 @@ class Loader:
                 groups = range(start, start + phase.batch_size, stream.num_lanes)
                 positions = [p for g in groups for p in share(g, self.rank, self.world_size, stream.num_lanes)]
                 for part in range(self.accumulate):
-                    taken = self._take(islice(samples, size), phase.crop_size, size)
-                    degraded, clean = map(self._to_device, taken.images)
+                    taken = self._take(islice(samples, size), stream.sides(phase.crop_size), size)
+                    degraded, clean, *extra = map(self._to_device, taken.images)
                     if mixer:
                         own = [positions[part * size + place] for place in taken.places]
                         degraded, clean = mixer(part, start, own, taken.places, degraded, clean)
@@ -140,12 +144,12 @@ class Loader:
                         self._count(taken)
                         self.position = position
                         keys, weight = [key for key, _ in taken.labels], len(taken.labels) / size
-                        yield Batch(degraded, clean, keys, weight, self._sources(taken.labels))
+                        yield Batch(degraded, clean, keys, weight, self._sources(taken.labels), tuple(extra))
                 start += phase.batch_size
 
-    def _take(self, samples: Iterator[Sample | Failure], crop_size: int, size: int) -> "_Taken":
+    def _take(self, samples: Iterator[Sample | Failure], sides: Sequence[int], size: int) -> "_Taken":
         labels, places, failures = list[Label](), list[int](), list[Failure]()
-        batches = [self._empty(size, side) for side in (crop_size // self.scale, crop_size)]
+        batches = [self._empty(size, side) for side in sides]
         for place, sample in enumerate(samples):
             if isinstance(sample, Failure):
                 if self.data.on_error == "fail":

@@ -51,6 +51,8 @@ class Columns(Section):
 
 
 COLUMNS = Columns()
+EXTRA = "extra:"
+"""Before the names of further columns, among the parts of a row."""
 
 
 def open_parquet(
@@ -58,8 +60,9 @@ def open_parquet(
     name: str,
     columns: Columns = COLUMNS,
     faults: list[str] | None = None,
+    extra: Sequence[str] = (),
 ) -> Units:
-    """The row groups of `files`; `name` is what messages call them.
+    """The row groups of `files`; `name` is what messages call them; `extra` are further columns of images.
 
     UserError: an unreadable footer, columns that are not there or hold no images, and, in local files, a key twice (of
     the Hub it would take a request for each row group to know). Where `faults` are given it goes there, and the rest of
@@ -70,7 +73,7 @@ def open_parquet(
     from pyarrow.dataset import ParquetFragmentScanOptions
 
     with ThreadPoolExecutor(16) as pool:  # on the Hub a footer is two round trips
-        looked = list(pool.map(partial(_footer, name=name, columns=columns), files))
+        looked = list(pool.map(partial(_footer, name=name, columns=columns, extra=extra), files))
     found = [str(footer) for footer in looked if isinstance(footer, UserError)]
     footers = [footer for footer in looked if isinstance(footer, _Footer)]
     for footer in footers[1:]:
@@ -144,7 +147,7 @@ class _Footer:
     """Of local files."""
 
 
-def _footer(file: str, name: str, columns: Columns) -> _Footer | UserError:
+def _footer(file: str, name: str, columns: Columns, extra: Sequence[str]) -> _Footer | UserError:
     import fsspec
     import pyarrow.parquet as pq
 
@@ -156,7 +159,7 @@ def _footer(file: str, name: str, columns: Columns) -> _Footer | UserError:
             if columns.key in schema.names and "://" not in file:
                 keys = _keys(pq.read_table(handle, columns=[columns.key])[columns.key])
         checksums = json.loads((metadata.metadata or {}).get(CHECKSUMS, b"[]"))
-        stored = _stored(schema, file, name, columns)
+        stored = _stored(schema, file, name, columns, extra)
     except UserError as error:
         return error
     except Exception as error:
@@ -169,7 +172,7 @@ def _footer(file: str, name: str, columns: Columns) -> _Footer | UserError:
     return _Footer(file, schema.names, stored, lengths, checksums if known else [None] * len(lengths), keys)
 
 
-def _stored(schema: "pa.Schema", file: str, name: str, columns: Columns) -> dict[str, str]:
+def _stored(schema: "pa.Schema", file: str, name: str, columns: Columns, extra: Sequence[str]) -> dict[str, str]:
     """UserError: a column is not there, or holds no images."""
     there = {}
     for part, column in columns:
@@ -181,6 +184,11 @@ def _stored(schema: "pa.Schema", file: str, name: str, columns: Columns) -> dict
                 f"{name} has no column {column} (it has {has}); a dataset has `clean`, `key` and, where paired, "
                 "`degraded`, or says what they are called, such as columns: {clean: hr, degraded: lr, key: id}"
             )
+    for column in extra:
+        if column not in schema.names:
+            has = ", ".join(sorted(schema.names))
+            raise UserError(f"{name} has no column {column}, which objective.contrast.columns names (it has {has})")
+        there[EXTRA + column] = column
     for part, column in there.items():
         if part != "key" and not _holds_images(schema.field(column).type):
             kind = str(schema.field(column).type).partition("<")[0]
@@ -242,11 +250,12 @@ def _read_group(
         nothing: list[Any] = [None] * group.length
         columns = {part: _files(table[column]) for part, column in stored.items() if part != "key"}
         keys = _keys(table[stored["key"]]) if "key" in stored else nothing
-        images = zip(columns["clean"], columns.get("degraded", nothing), strict=True)
+        further = [files for part, files in columns.items() if part.startswith(EXTRA)]
+        images = zip(columns["clean"], columns.get("degraded", nothing), *further, strict=True)
         name = os.path.relpath(file, os.path.commonpath([os.path.dirname(file) for file in files]))
         read = [
-            _row(f"{name.removesuffix('.parquet')}-{number}" if key is None else key, clean, degraded, file, number)
-            for number, key, (clean, degraded) in zip(count(group.first), keys, images, strict=False)
+            _row(f"{name.removesuffix('.parquet')}-{number}" if key is None else key, image, file, number)
+            for number, key, image in zip(count(group.first), keys, images, strict=False)
         ]
         if group.checksum is not None and checksum(row for row in read if isinstance(row, Row)) != group.checksum:
             raise ValueError("its checksum is wrong")
@@ -265,11 +274,14 @@ _File = memoryview | str
 """An image file, or where it is."""
 
 
-def _row(key: str, clean: _File | None, degraded: _File | None, file: str, number: int) -> Row | UserError:
+def _row(key: str, images: tuple[_File | None, ...], file: str, number: int) -> Row | UserError:
+    """`images`: clean, degraded, further ones."""
     where = f"{file}, row {number} (key {key})"
-    if clean is None:
+    if images[0] is None:
         return UserError(f"{where} has no clean image")
-    halves: list[Any] = [clean, degraded]
+    if None in images[2:]:
+        return UserError(f"{where} lacks an image of the columns that objective.contrast.columns names")
+    halves: list[Any] = [*images]
     for i, half in enumerate(halves):
         if isinstance(half, str):
             path = Path(file).parent / half
@@ -280,7 +292,7 @@ def _row(key: str, clean: _File | None, degraded: _File | None, file: str, numbe
                 halves[i] = path.read_bytes()
             except OSError as error:
                 return UserError(f"{where}: {path} cannot be read: {error.strerror}")
-    return Row(key, halves[0], halves[1], where)
+    return Row(key, halves[0], halves[1], where, tuple(halves[2:]))
 
 
 def _keys(column: "pa.ChunkedArray") -> list[str | None]:

@@ -15,6 +15,8 @@ class Row:
     clean: bytes | memoryview
     degraded: bytes | memoryview | None
     where: str
+    extra: tuple[bytes | memoryview, ...] = ()
+    """Images of further columns, of the clean image's size."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import re
 import tarfile
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice, repeat
@@ -38,8 +38,9 @@ _CONVERTED = "refs/convert/parquet"
 
 class Source(Section, ABC):
     @abstractmethod
-    def open(self) -> Units:
-        """Find the units. UserError where nothing is found or a column is missing."""
+    def open(self, extra: Sequence[str] = ()) -> Units:
+        """Find the units; `extra` are further columns of images. UserError where nothing is found or a column is
+        missing."""
 
 
 class ParquetSource(Source):
@@ -51,14 +52,14 @@ class ParquetSource(Source):
     """A folder of *.parquet files, one file, or a glob."""
     columns: Columns = Columns()
 
-    def open(self) -> Units:
+    def open(self, extra: Sequence[str] = ()) -> Units:
         left_out = LeftOut()
         files = [str(file) for file in files_at(self.path, ".parquet", left_out)]
         if not files:
             raise UserError(
                 f"no Parquet files at {self.path}: give a folder of *.parquet files (`mcir data pack` makes them)"
             )
-        return replace(open_parquet(files, self.path, self.columns), left_out=left_out)
+        return replace(open_parquet(files, self.path, self.columns, extra=extra), left_out=left_out)
 
 
 class HubSource(Source):
@@ -75,7 +76,7 @@ class HubSource(Source):
     otherwise, whose configuration is `default` where it has no name."""
     columns: Columns = Columns()
 
-    def open(self) -> Units:
+    def open(self, extra: Sequence[str] = ()) -> Units:
         from datasets import load_dataset_builder
 
         where: dict[str, Any] = {"name": self.config}
@@ -95,7 +96,7 @@ class HubSource(Source):
                 f"the Hub may hold a Parquet copy of it: revision: {_CONVERTED}"
             )
         try:
-            return open_parquet(files, self.repo, self.columns)
+            return open_parquet(files, self.repo, self.columns, extra=extra)
         except ConnectionError as error:
             raise self._unreachable(error) from error
 
@@ -131,7 +132,8 @@ class FolderSource(Source):
     clean_pattern: str = "{key}"
     """Names of clean images."""
 
-    def open(self) -> Units:
+    def open(self, extra: Sequence[str] = ()) -> Units:
+        _refuse(extra, self.format)
         degraded = Path(self.degraded) if self.degraded else None
         found = pair_folders(Path(self.clean), degraded, pattern=self.pattern, clean_pattern=self.clean_pattern)
         return _units(found)
@@ -150,7 +152,8 @@ class LayoutSource(Source):
     scale: int | None = None
     """Of super-resolution sets; without one only their clean half is read."""
 
-    def open(self) -> Units:
+    def open(self, extra: Sequence[str] = ()) -> Units:
+        _refuse(extra, self.format)
         return _units(find_pairs(self.layout, Path(self.path), self.split, self.scale))
 
 
@@ -162,7 +165,8 @@ class TarSource(Source):
     path: str
     """A folder of *.tar files, one file, or a glob."""
 
-    def open(self) -> Units:
+    def open(self, extra: Sequence[str] = ()) -> Units:
+        _refuse(extra, self.format)
         left_out = LeftOut()
         files = files_at(self.path, ".tar", left_out)
         if not files:
@@ -181,6 +185,14 @@ class TarSource(Source):
                 f"{self.path}: some keys have a .degraded member and others none; pack pairs or clean alone"
             )
         return Units(tuple(len(members) for _, members in tars), partial(_read_tar, tars), left_out)
+
+
+def _refuse(extra: Sequence[str], kind: str) -> None:
+    if extra:
+        raise UserError(
+            f"objective.contrast.columns names {', '.join(extra)}, and a source of {kind} has clean and degraded "
+            "images alone: make Parquet shards with these columns"
+        )
 
 
 AnySource = Annotated[

@@ -1,7 +1,7 @@
 """The samples of a mixture of sources by position: what the n-th one is depends on the seed alone (order.py)."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Self
 
@@ -82,8 +82,8 @@ class DataConfig(Section):
 
 Label = tuple[str, int]
 """key of a sample, place of its source in `data.train`"""
-Sample = tuple[Label, Pixels, Pixels]
-"""label, degraded (3, h, w), clean (3, s * h, s * w)"""
+Sample = tuple[Label, *tuple[Pixels, ...]]
+"""label, degraded (3, h, w), clean (3, s * h, s * w), and one of that size for each further column"""
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ class Failure:
 
 class SampleStream:
     """The samples of all sources of `data`, which are opened here once, for all workers. `num_lanes`: places of a
-    batch, which the ranks share equally."""
+    batch, which the ranks share equally; `columns`: further images of the rows."""
 
-    def __init__(self, data: DataConfig, scale: int, seed: int, num_lanes: int) -> None:
+    def __init__(self, data: DataConfig, scale: int, seed: int, num_lanes: int, columns: Sequence[str] = ()) -> None:
         """UserError where a source cannot be opened or holds nothing."""
-        self.data, self.scale, self.seed, self.num_lanes = data, scale, seed, num_lanes
-        self.units = [train.source.open() for train in data.train]
+        self.data, self.scale, self.seed, self.num_lanes, self.columns = data, scale, seed, num_lanes, columns
+        self.units = [train.source.open(columns) for train in data.train]
         num_rows = [sum(units.lengths) for units in self.units]
         weights = [t.repeat * rows if t.repeat else t.weight for t, rows in zip(data.train, num_rows, strict=True)]
         try:
@@ -126,6 +126,10 @@ class SampleStream:
         for which, epoch, unit, row in self._dealt(position, reader):
             if unit.worker == reader.worker:
                 yield self._sample(which, epoch, unit, row, crop_size)
+
+    def sides(self, crop_size: int) -> list[int]:
+        """Of a sample's images."""
+        return [crop_size // self.scale, *[crop_size] * (1 + len(self.columns))]
 
     def turns(self, position: int, reader: Reader) -> Iterator[int]:
         """Which worker of the rank decodes each of its samples."""

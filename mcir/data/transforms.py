@@ -44,8 +44,9 @@ def training_pair(
     rng: np.random.Generator,
     edge_decay: float = 0.0,
     reflect_small: bool = False,
-) -> tuple[Pixels, Pixels]:
-    """(degraded, clean): the same random window of both, clean `crop_size` pixels square, degraded crop_size / scale.
+) -> tuple[Pixels, ...]:
+    """(degraded, clean, further columns'): the same random window of all, `crop_size` pixels square, degraded
+    crop_size / scale.
 
     Images are decoded as far down as the window reaches.
 
@@ -79,7 +80,18 @@ def training_pair(
     elif not isinstance(degradation, Bicubic):
         assert degradation is not None
         degraded = degradation(clean, rng)
-    return _augment(augment, rng, degraded, clean)
+    extra = []
+    for image in row.extra:
+        if (found := image_size(image, row.where)) != (wanted := image_size(row.clean, row.where)):
+            raise UserError(
+                f"{row.where}: an image of objective.contrast.columns is {found[0]} x {found[1]} and clean "
+                f"{wanted[0]} x {wanted[1]}: they should be of one size"
+            )
+        window = decode(image, f"{row.where}, of objective.contrast.columns", bottom=(top + size) * scale)
+        if is_small:
+            window = _reflected(window[:, : height * scale, : width * scale], crop_size)
+        extra.append(window[:, top * scale : top * scale + crop_size, left * scale : left * scale + crop_size])
+    return _augment(augment, rng, degraded, clean, *extra)
 
 
 def _reflected(image: Tensor, least: int) -> Tensor:
@@ -118,7 +130,7 @@ def _degraded_size(row: Row, scale: int, degradation: AnyDegradation | None) -> 
     return size
 
 
-def _augment(augment: Augment, rng: np.random.Generator, *images: Tensor) -> tuple[Pixels, Pixels]:
+def _augment(augment: Augment, rng: np.random.Generator, *images: Tensor) -> tuple[Pixels, ...]:
     vertical = horizontal = transpose = False
     if augment == "dihedral":
         vertical, horizontal, transpose = (bool(bit) for bit in rng.integers(2, size=3))
@@ -129,5 +141,4 @@ def _augment(augment: Augment, rng: np.random.Generator, *images: Tensor) -> tup
         vertical, horizontal = draw == 1, draw == 2
     rows, columns = slice(None, None, -1 if vertical else 1), slice(None, None, -1 if horizontal else 1)
     views = (image.numpy()[:, rows, columns] for image in images)
-    degraded, clean = (np.ascontiguousarray(view.swapaxes(1, 2) if transpose else view) for view in views)
-    return degraded, clean
+    return tuple(np.ascontiguousarray(view.swapaxes(1, 2) if transpose else view) for view in views)

@@ -9,7 +9,7 @@ import ctypes
 import math
 import multiprocessing
 import signal
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from typing import Any
@@ -42,7 +42,7 @@ def decoded(
     rows_ahead = max(2 * size, 0 if size >= num_workers else num_workers * _ROWS_AHEAD)
     ahead = max(2, -(-rows_ahead // (num_workers * chunk)))
     # While one chunk of a worker is read, it may be `ahead` further.
-    memory = _Memory(num_workers, ahead + 1, chunk, crop_size, stream.scale)
+    memory = _Memory(num_workers, ahead + 1, chunk, stream.sides(crop_size))
     readers = [replace(reader, worker=worker) for worker in range(num_workers)]
     loaders = [
         DataLoader(
@@ -68,19 +68,18 @@ class _Chunk:
 
     labels: list[Label | Failure]
     slot: int
-    others: dict[int, tuple[Pixels, Pixels]]
+    others: dict[int, tuple[Pixels, ...]]
 
 
 class _Memory:
-    """What the workers hand images over in, shared: `clean[worker, slot, place]` and `degraded` alike. It stays for as
-    long as they do; memory sent with each batch would be mapped, zeroed and unmapped each time."""
+    """What the workers hand images over in, shared: of each kind of image `[worker, slot, place]`. It stays for as long
+    as they do; memory sent with each batch would be mapped, zeroed and unmapped each time."""
 
-    def __init__(self, num_workers: int, num_slots: int, chunk: int, crop_size: int, scale: int) -> None:
+    def __init__(self, num_workers: int, num_slots: int, chunk: int, sides: Sequence[int]) -> None:
         self.num_slots = num_slots
-        sides = crop_size // scale, crop_size
         shapes = [(num_workers, num_slots, chunk, 3, side, side) for side in sides]
         try:
-            self.degraded, self.clean = (torch.empty(shape, dtype=torch.uint8).share_memory_() for shape in shapes)
+            self.kinds = [torch.empty(shape, dtype=torch.uint8).share_memory_() for shape in shapes]
         except RuntimeError as error:
             size = -(-sum(math.prod(shape) for shape in shapes) // 2**20)
             raise UserError(
@@ -90,7 +89,7 @@ class _Memory:
 
     def store(self, worker: int, slot: int, samples: Iterable[Sample | Failure]) -> _Chunk:
         chunk = _Chunk([], slot, {})
-        places = zip(self.degraded[worker, slot].numpy(), self.clean[worker, slot].numpy(), strict=True)
+        places = zip(*(images[worker, slot].numpy() for images in self.kinds), strict=True)
         for i, (sample, place) in enumerate(zip(samples, places, strict=True)):
             if isinstance(sample, Failure):
                 chunk.labels.append(sample)
@@ -101,7 +100,7 @@ class _Memory:
                 for memory, image in zip(place, images, strict=True):
                     memory[...] = image
             else:
-                chunk.others[i] = images[0], images[1]
+                chunk.others[i] = tuple(images)
         return chunk
 
     def samples(self, worker: int, chunks: DataLoader) -> Iterator[Sample | Failure]:
@@ -110,7 +109,7 @@ class _Memory:
         return (sample for chunk in it for sample in self._load(worker, chunk))
 
     def _load(self, worker: int, chunk: _Chunk) -> Iterator[Sample | Failure]:
-        places = zip(self.degraded[worker, chunk.slot].numpy(), self.clean[worker, chunk.slot].numpy(), strict=True)
+        places = zip(*(images[worker, chunk.slot].numpy() for images in self.kinds), strict=True)
         for i, (label, place) in enumerate(zip(chunk.labels, places, strict=True)):
             yield label if isinstance(label, Failure) else (label, *chunk.others.get(i, place))
 

@@ -91,7 +91,9 @@ class Negatives(nn.Module):
         if draw is None:
             raise UserError("one negative an image is dealt from a seed: negatives(degraded, draw=(seed, step))")
         rank, num_ranks = self._attached().process_index, self._attached().num_processes
-        mine = deal(len(degraded) * num_ranks, len(nets), np.random.default_rng(draw))[rank::num_ranks]
+        mine = deal(len(degraded) * num_ranks, len(nets), np.random.default_rng(draw))[rank * len(degraded) :][
+            : len(degraded)
+        ]
         places = [torch.from_numpy(np.flatnonzero(mine == k)) for k in range(len(nets))]
         order = torch.cat(places).argsort().to(degraded.device, non_blocking=True)  # back from the negatives' order
         chosen = [
@@ -212,13 +214,13 @@ def _views(degraded: Tensor, schedule: Schedule) -> Tensor:
 
 
 def deal(num_images: int, num_negatives: int, rng: np.random.Generator) -> np.ndarray:
-    """Which negative each of the images of all ranks has, in the order of the batch, of which rank r of R takes every
-    R-th. Any negative is as likely as another for any image, no two counts differ by more than one, and each rank has
-    them equally often where R * K divides the number of images.
+    """Which negative each of the images of all ranks has, those of a rank one after the other. Any negative is as
+    likely as another for any image, no two counts differ by more than one, and each rank has them equally often where
+    K divides its number of images.
     """
-    columns, left = divmod(num_images, num_negatives)
-    each = rng.permuted(np.tile(np.arange(num_negatives), (columns, 1)), axis=1)  # (columns, K)
-    return np.concatenate([each.T.reshape(-1), rng.permutation(num_negatives)[:left]])
+    rounds, left = divmod(num_images, num_negatives)
+    each = rng.permuted(np.tile(np.arange(num_negatives), (rounds, 1)), axis=1)  # (rounds, K)
+    return np.concatenate([each.reshape(-1), rng.permutation(num_negatives)[:left]])
 
 
 def restoration_error(restored: Tensor, clean: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mcir.objective.contrast import AgainstImages
 from mcir.objective.infonce import InfoNCEConfig
-from mcir.objective.ratio import RatioConfig
+from mcir.objective.ratio import Ratio, RatioConfig
 from mcir.objective.reconstruction import L1, Reconstruction, Terms
 from mcir.objective.sources import by_source
 from mcir.objective.spn import SPNConfig
@@ -44,6 +45,11 @@ class ObjectiveConfig(Section):
     def num_negatives(self) -> int:
         """Networks of the history."""
         return len(self.contrast.negatives) if self.contrast else 0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Further columns of the shards whose images are negatives."""
+        return self.contrast.columns if isinstance(self.contrast, AgainstImages) else ()
 
 
 class Objective(nn.Module):
@@ -86,7 +92,7 @@ class Objective(nn.Module):
         roles = self.config.roles
         anchors = [image for image, role in zip(past, roles, strict=False) if role == "anchor"]
         negatives = [image for i, image in enumerate(past) if i >= len(roles) or roles[i] == "negative"]
-        if getattr(self.config, "degraded", False):
+        if isinstance(self.config, AgainstImages) and self.config.degraded:
             negatives.append(enlarged(degraded, clean))
         contrast = self.weight.value * self.contrast.term(restored, clean, negatives, anchors)
         total = _poisoned(reconstruction + contrast)
@@ -94,9 +100,17 @@ class Objective(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it; to be overwritten in place."""
-        if self.weight is None or self.weight.ratio is None:
-            return {}
-        return {f"weight.{name}": tensor for name, tensor in self.weight.state_dict().items()}
+        state: dict[str, Tensor] = {}
+        if self.weight is not None and self.weight.ratio is not None:
+            state |= {f"weight.{name}": tensor for name, tensor in self.weight.state_dict().items()}
+        if isinstance(self.contrast, Ratio):
+            state["best_psnr"] = self.contrast.best_psnr
+        return state
+
+    def validated(self, psnr: float) -> None:
+        """Take in a validation's PSNR in dB, equal on all ranks, which a curriculum goes by."""
+        if isinstance(self.contrast, Ratio):
+            self.contrast.best_psnr.fill_(max(psnr, float(self.contrast.best_psnr)))
 
     def follow(self, accelerator: Accelerator, losses: Mapping[str, Tensor]) -> None:
         """Take in a step's mean losses of this rank: what moves with them is the same on all. Collective."""

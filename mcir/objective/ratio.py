@@ -8,6 +8,7 @@ al., AAAI 2025; super-SSS/DCKD) and MixDehazeNet's CR (AmeryXiong/MixDehazeNet);
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
@@ -56,8 +57,8 @@ class Ratio(nn.Module):
         super().__init__()
         self.config = config
         self.features: Features = config.features.build()
-        self.best_psnr = 0.0
-        """What the curriculum goes by: equal on all ranks."""
+        self.best_psnr = torch.zeros((), dtype=torch.float64)  # no buffer: it is read on the host
+        """What the curriculum goes by, in dB, equal on all ranks."""
 
     def term(self, restored: Tensor, clean: Tensor, negatives: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
         own, positives = self.features(restored), [clean, *anchors]
@@ -71,8 +72,8 @@ class Ratio(nn.Module):
         config = self.config
         weights = [1.0] * (config.num_negatives - config.degraded)
         if config.curriculum:
-            gamma, thresholds = config.curriculum.gamma, config.curriculum.thresholds
-            weights = [1 + gamma if self.best_psnr > threshold else 1 - gamma for threshold in thresholds]
+            gamma, best = config.curriculum.gamma, float(self.best_psnr)
+            weights = [1 + gamma if best > threshold else 1 - gamma for threshold in config.curriculum.thresholds]
         if config.degraded:
             weights.append(config.degraded_weight)
         return [weight / sum(weights) for weight in weights] if config.average else weights

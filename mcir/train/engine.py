@@ -97,6 +97,7 @@ class Engine:
             seed=config.seed,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
+            columns=config.objective.columns,
             device=accelerator.device,
         )
         if config.validation:
@@ -131,7 +132,7 @@ class Engine:
             with self.accelerator.accumulate(self.model):
                 with autocast(self.accelerator):
                     restored = self.model(batch.degraded).float()  # (B, 3, s * H, s * W)
-                    past = self.negatives(batch.degraded, place[:-1])
+                    past = [*self.negatives(batch.degraded, place[:-1]), *batch.extra]
                     losses = self.objective(restored, batch.clean, batch.degraded, past, batch.source)
                     if self.negatives.has_triggers:
                         losses["error"] = restoration_error(restored, batch.clean)

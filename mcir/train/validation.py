@@ -59,6 +59,7 @@ class Validation:
             self._report(config, state, tracker, results)
         where, metric = (config.best or f"{next(iter(config.sets))}/psnr").rsplit("/", 1)
         value = means[where][metric]
+        state.objective.validated(means[where]["psnr"])
         if not math.isfinite(value) or (state.best is not None and value <= state.best[0]):
             return False
         state.best = value, f"step-{state.step:08d}"

@@ -427,3 +427,29 @@ def test_a_program_that_ends_in_the_middle_of_an_epoch_ends(folder):
     data = config(folder, num_workers=2).model_dump_json()
     process = subprocess.run([sys.executable, "-c", code, data], capture_output=True, text=True, timeout=120)
     assert (process.returncode, process.stdout, process.stderr) == (0, "4\n", "")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_of_further_columns_get_the_crop_and_flips_of_the_clean_one(tmp_path, num_workers):
+    """The columns hold the clean images' complements."""
+    folder = write_dataset(tmp_path / "data", extra=("dcp", "aod"))
+    data = config(folder, num_workers=num_workers)
+    batches = iter(Loader(data, scale=2, batch_size=4, seed=3, columns=("dcp", "aod")))
+    plain = iter(Loader(data, scale=2, batch_size=4, seed=3))
+    for _ in range(4):
+        batch, without = next(batches), next(plain)
+        assert torch.equal(batch.clean, without.clean)
+        assert len(batch.extra) == 2
+        for image in batch.extra:
+            assert torch.allclose(image, 1 - batch.clean, atol=1e-6)
+
+
+def test_columns_that_are_not_there(tmp_path):
+    folder = write_dataset(tmp_path / "data")
+    with pytest.raises(UserError, match=r"no column dcp, which objective\.contrast\.columns names \(it has"):
+        next(iter(Loader(config(folder), scale=2, batch_size=4, seed=3, columns=("dcp",))))
+    (tmp_path / "photos").mkdir()
+    source = {"format": "folders", "clean": str(tmp_path / "photos")}
+    data = config(folder, train=[{"source": source, "degradation": BICUBIC}])
+    with pytest.raises(UserError, match="a source of folders has clean and degraded images alone"):
+        next(iter(Loader(data, scale=2, batch_size=4, seed=3, columns=("dcp",))))
