@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
 
@@ -37,8 +37,9 @@ class RunConfig(Section):
     """Optimizer steps."""
     batch_size: PositiveInt
     """Samples in an optimizer step, over all processes and micro-batches."""
-    accumulate: PositiveInt = 1
-    """Micro-batches in an optimizer step."""
+    accumulate: PositiveInt | Literal["auto"] = 1
+    """Micro-batches in an optimizer step. `auto`: as few as fit into memory by the plan of `--dry-run`; the run's own
+    config and checkpoints hold the number."""
     stages: tuple[Stage, ...] = ()
     """Other crops and batches from a step on; data.crop_size and batch_size hold before the first."""
     arch: AnyArch
@@ -62,6 +63,11 @@ class RunConfig(Section):
         """What a batch is at which steps."""
         return phases(self.batch_size, self.data.crop_size, self.stages)
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Of an optimizer step; one where it is still to be found out."""
+        return 1 if self.accumulate == "auto" else self.accumulate
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         scale = self.arch.descriptor.scale
@@ -79,7 +85,7 @@ class RunConfig(Section):
             if crop_size % scale:
                 faults.append(f"{place}: {crop_size} is no multiple of the network's scale {scale}")
         for place, batch_size in batches.items():
-            if batch_size % self.accumulate:
+            if batch_size % self.num_micro_batches:
                 faults.append(f"{place}: {batch_size} is no multiple of accumulate, {self.accumulate}")
         ends = self.optim.schedule.end if isinstance(self.optim.schedule, Segments) else None
         if ends is not None and ends < self.steps:

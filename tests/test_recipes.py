@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from mcir.archs.swinir import Swinir
-from mcir.bench.memory import plan
 from mcir.config import RunConfig, load
 from mcir.data.layouts import LAYOUTS
 from mcir.data.sources import ParquetSource
 from mcir.objective.spn import SPNConfig
 from mcir.train.engine import build_engine
+from mcir.train.memory import plan
 from tests.runs import write_dataset
 
 CONFIGS = Path(__file__).parents[1] / "configs"

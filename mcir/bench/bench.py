@@ -170,11 +170,12 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
     """
     with tempfile.TemporaryDirectory() as folder:
         engine = open_engine(config, folder)
+        config = engine.config
         device = engine.accelerator.device
         batches = iter(engine.loader)
         start = time.perf_counter()
         for _ in range(3):  # compiled, cached, tuned, workers started
-            engine.step(_take(batches, config.accumulate))
+            engine.step(_take(batches, config.num_micro_batches))
         _wait(device)
         warmup = time.perf_counter() - start
         timed, whole, watch = [], time.perf_counter(), Stopwatch(device)
@@ -183,7 +184,7 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
             for _ in range(steps):
                 watch.begin("data")
                 before = time.perf_counter()
-                micro_batches = _take(batches, config.accumulate)
+                micro_batches = _take(batches, config.num_micro_batches)
                 waited += time.perf_counter() - before
                 watch.begin("other")
                 engine.step(micro_batches)
@@ -193,7 +194,7 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
         memory = memory_gib(device)
         all_due = partial(engine.negatives.update, 0, torch.zeros((), device=device))
         update = _milliseconds(all_due, device, 3) if len(engine.negatives.nets) else None
-        fixed = _take(batches, config.accumulate)
+        fixed = _take(batches, config.num_micro_batches)
         del batches, micro_batches  # ends the workers
 
         variants: dict[str, Callable[[Sequence[Batch]], Any]] = {"mcir": engine.step}

@@ -62,7 +62,7 @@ def train(
     if dry_run:
         from rich.console import Console
 
-        from mcir.bench.memory import table
+        from mcir.train.memory import table
 
         print(dump(config), end="")
         Console().print(table(config, processes))

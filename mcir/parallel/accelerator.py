@@ -81,7 +81,6 @@ def build_accelerator(
         cpu=rehearsal and not zero,
         parallelism_config=None if rehearsal else parallelism,
         mixed_precision="no",  # autocast over fp32 weights is ours under every strategy (`autocast`)
-        gradient_accumulation_steps=accumulate,
         fsdp_plugin=fsdp_plugin,
         project_config=ProjectConfiguration(automatic_checkpoint_naming=False),
         kwargs_handlers=[
@@ -105,8 +104,6 @@ def build_accelerator(
         fsdp_plugin.mixed_precision_policy = None  # it would cast whole blocks
     if zero:
         deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
-        deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size // world_size
-        deepspeed_config["gradient_accumulation_steps"] = accumulate
         deepspeed_config["gradient_clipping"] = max_grad_norm or 0.0
         # Its default buckets of 5e8 elements would be larger than the networks trained here.
         deepspeed_config["zero_optimization"] |= {"reduce_bucket_size": 2**24, "allgather_bucket_size": 2**24}
@@ -114,7 +111,17 @@ def build_accelerator(
             dtype = str(AUTOCAST[chosen]).removeprefix("torch.")
             deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": dtype}
     accelerator.mcir_precision = chosen
+    set_micro_batches(accelerator, batch_size, accumulate)
     return accelerator
+
+
+def set_micro_batches(accelerator: Accelerator, batch_size: int, accumulate: int) -> None:
+    """Take `accumulate` micro-batches of `batch_size` samples of all processes a step; before `prepare`."""
+    accelerator.gradient_accumulation_steps = accumulate
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        deepspeed_config = accelerator.state.deepspeed_plugin.deepspeed_config
+        deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size // accelerator.num_processes
+        deepspeed_config["gradient_accumulation_steps"] = accumulate
 
 
 def precision_of(accelerator: Accelerator) -> str:

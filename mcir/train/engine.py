@@ -23,12 +23,21 @@ from mcir.evaluation.pictures import sources_table
 from mcir.objective.negatives import Negatives, restoration_error
 from mcir.objective.objective import Objective
 from mcir.objective.sources import PREFIX, read_sources
-from mcir.parallel.accelerator import AUTOCAST, autocast, build_accelerator, clip_and_guard, precision_of, strategy
+from mcir.parallel.accelerator import (
+    AUTOCAST,
+    autocast,
+    build_accelerator,
+    clip_and_guard,
+    precision_of,
+    set_micro_batches,
+    strategy,
+)
 from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import cuts_weights
 from mcir.train import runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer, is_healthy
 from mcir.train.ema import EMA
+from mcir.train.memory import micro_batches
 from mcir.train.optim import set_lr
 from mcir.train.record import Record
 from mcir.train.state import State
@@ -92,7 +101,7 @@ class Engine:
             config.data,
             scale=self.arch.descriptor.scale,
             batch_size=config.batch_size,
-            accumulate=config.accumulate,
+            accumulate=config.num_micro_batches,
             stages=config.stages,
             seed=config.seed,
             rank=accelerator.process_index,
@@ -174,7 +183,7 @@ class Engine:
                 if config.compute.compile and 0 < phase.step == self.state.step:
                     torch.compiler.reset()  # graphs of this size instead of slower ones for any size
                 waited = time.perf_counter()
-                micro_batches = [next(batches) for _ in range(config.accumulate)]
+                micro_batches = [next(batches) for _ in range(config.num_micro_batches)]
                 waited = time.perf_counter() - waited
                 meter.add(self.step(micro_batches), phase.batch_size, waited)
                 tracker.advance()
@@ -248,11 +257,11 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
 
     `resume`: `never`, `auto`, or the path of a run or checkpoint (`runs.choose`).
     """
+    batch_size = math.gcd(*(phase.batch_size for phase in config.phases))
     accelerator = build_accelerator(
         precision=config.compute.precision,
-        accumulate=config.accumulate,
         blocks=config.arch.descriptor.blocks,
-        batch_size=math.gcd(*(phase.batch_size for phase in config.phases)) // config.accumulate,
+        batch_size=batch_size // config.num_micro_batches,
         max_grad_norm=config.optim.max_grad_norm,
         unused_parameters=config.arch.descriptor.unused_parameters,
         timeout_s=config.compute.timeout_s,
@@ -262,6 +271,9 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
             f"{config.arch.name} does not train in {precision}: set compute.precision to fp32 (and mixed_precision to "
             "no)"
         )
+    accumulate = micro_batches(config, accelerator)
+    set_micro_batches(accelerator, batch_size // accumulate, accumulate)
+    config = config.model_copy(update={"accumulate": accumulate})
     with runs.choose(accelerator, config.runs_dir, config.name, resume) as start:
         engine = Engine(config, accelerator)
         if start.checkpoint:

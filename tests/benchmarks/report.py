@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from mcir.bench.memory import plan, without_values
 from mcir.bench.sweep import Trial
 from mcir.config import load
+from mcir.train.memory import plan, without_values
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()

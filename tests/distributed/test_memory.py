@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mcir.bench.memory import plan
 from mcir.config import validate
 from mcir.parallel.gather import BUCKET_BYTES
+from mcir.train.memory import plan
 from tests.distributed.launch import ROOT, run, write_config
 from tests.runs import tiny_config
 

@@ -48,6 +48,7 @@ def test_networks_train_sharded_in_channels_last(tmp_path, strategy, names):
             assert parts["spn"] > 0, name
         assert len(first["still"]) < 5, name  # FFA-Net's small attentions have ReLUs that are shut
         assert first["checksums"][0] == first["checksums"][1], name
+        assert first["accumulate"] == second["accumulate"], name
         assert first["resumed"], name
         assert second["resumed"], name
         assert first["exported"], name

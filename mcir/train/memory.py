@@ -5,16 +5,24 @@ on the meta device: the tensors that autograd would keep for one micro-batch, th
 Left out: the caching allocator's slack, kernels' workspaces and communication buffers.
 """
 
+import math
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.table import Table
 from torch import Tensor, nn
 
 from mcir.archs.base import checkpoint_activations
 from mcir.config import RunConfig
+from mcir.errors import UserError
 from mcir.objective.objective import Objective
+from mcir.parallel.accelerator import strategy
 
+USABLE = 0.8
+"""Share of a device's memory that `accumulate: auto` plans with; the rest is for what the plan leaves out."""
 STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero2", "zero3")
 NODE = 8
 """Processes that hsdp shards over; the nodes replicate."""
@@ -52,6 +60,39 @@ def table(config: RunConfig, world_size: int) -> Table:
     return shown
 
 
+def micro_batches(config: RunConfig, accelerator: Accelerator, num_bytes: int | None = None) -> int:
+    """`accumulate`, or where it is `auto` the fewest micro-batches of which each fits into every process's memory
+    (`num_bytes`; by default the device's). A function of the hardware, not of what is free just now. Collective.
+
+    Activations are planned in fp32, so autocast has room to spare. UserError: not even one sample fits.
+    """
+    if config.accumulate != "auto":
+        return config.accumulate
+    own = torch.tensor([device_bytes(accelerator) if num_bytes is None else num_bytes], device=accelerator.device)
+    least, kind, world_size = int(accelerator.gather(own).min()), strategy(accelerator), accelerator.num_processes
+    samples = math.gcd(*(phase.batch_size for phase in config.phases)) // world_size
+    one = plan(config.model_copy(update={"accumulate": samples}), kind, world_size)
+    rest = sum(one.values()) - one["activations"]
+    for accumulate in (n for n in range(1, samples + 1) if samples % n == 0):
+        if rest + samples // accumulate * one["activations"] <= USABLE * least:
+            return accumulate
+    raise UserError(
+        f"accumulate: auto finds no micro-batch that fits: one sample and the weights need "
+        f"{sum(one.values()) / 2**30:.3g} GiB under {kind}, of {least / 2**30:.3g} GiB a process; set "
+        "compute.checkpoint_activations, a smaller data.crop_size, or launch with fsdp2 or zero3"
+    )
+
+
+def device_bytes(accelerator: Accelerator) -> int:
+    """Memory of this process's device; on the CPU its share of the machine's or container's."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.get_device_properties(accelerator.device).total_memory
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(whole, int(text) if text != "max" else whole) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _activations(config: RunConfig, net: nn.Module, world_size: int) -> int:
     """Bytes that autograd keeps between the forward and the backward pass of one micro-batch."""
     kept: dict[int, Tensor] = {}
@@ -66,7 +107,7 @@ def _activations(config: RunConfig, net: nn.Module, world_size: int) -> int:
         checkpoint_activations(net, config.arch.descriptor)
     largest = max(config.phases, key=lambda phase: phase.batch_size * phase.crop_size**2)
     side = largest.crop_size // config.arch.descriptor.scale
-    batch = max(1, largest.batch_size // config.accumulate // world_size)
+    batch = max(1, largest.batch_size // config.num_micro_batches // world_size)
     contrast = config.objective.contrast
     num_images = len(contrast.roles) + len(config.objective.columns) if contrast else 0
     with torch.device("meta"):
