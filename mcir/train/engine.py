@@ -187,6 +187,7 @@ class Engine:
                 waited = time.perf_counter() - waited
                 meter.add(self.step(micro_batches), phase.batch_size, waited)
                 tracker.advance()
+                self.record.keep_fresh(self.state.step)
                 exit_code = stop.agreed()
                 last = self.state.step == config.steps
                 save = last or exit_code or self.state.step % config.checkpoint.every == 0

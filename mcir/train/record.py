@@ -19,6 +19,7 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FILE = "run.json"
+FRESH_S = 60.0
 STATES = {0: "finished", 75: "preempted", 130: "interrupted"}
 """By the exit code of `Engine.fit`; an error that escapes it is `failed`."""
 REASONS = {
@@ -85,7 +87,7 @@ class Record:
         origin: str | None = None,
         environment: dict[str, Any] | None = None,
     ) -> None:
-        self._run_dir, self._lock = run_dir, lock
+        self._run_dir, self._lock, self._written = run_dir, lock, time.monotonic()
         if run_dir is None:
             return
         before = _earlier(run_dir / FILE)
@@ -112,9 +114,15 @@ class Record:
 
     def update(self, **values: Any) -> None:
         """Write down new values, such as `step`, `images_per_s` or `best`."""
+        self._written = time.monotonic()
         if self._run_dir is not None and not (self._lock and self._lock.taken_over_by()):
             self._values |= values | {"updated": _now()}
             self._write(FILE, json.dumps(self._values, indent=1) + "\n")
+
+    def keep_fresh(self, step: int) -> None:
+        """Write the step down if nothing was for a while: an old record means a process that is stuck or gone."""
+        if time.monotonic() - self._written > FRESH_S:
+            self.update(step=step)
 
     def end(self, exit_code: int, step: int) -> None:
         """Write down how the run ended. `exit_code` is what `Engine.fit` returns."""

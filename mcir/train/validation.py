@@ -42,7 +42,7 @@ class Validation:
         results: dict[str, tuple[Scores, list[Picture]]] = {}
         for name, data in config.sets.items():
             scores, pictures = evaluate(
-                lambda degraded: self.restore(degraded, state), data, scale, state.accelerator, num_pictures
+                lambda degraded: self.restore(degraded, state, record), data, scale, state.accelerator, num_pictures
             )
             results[name] = scores, pictures
             mean = scores.mean()
@@ -68,8 +68,9 @@ class Validation:
         )
         return True
 
-    def restore(self, degraded: Tensor, state: State) -> Tensor:
+    def restore(self, degraded: Tensor, state: State, record: Record) -> Tensor:
         """The validated weights on one batch; no collective."""
+        record.keep_fresh(state.step)
         validation = state.config.validation
         tile = validation.tile if validation else None
         return infer(self.replica, state.config.arch.descriptor, degraded, tile=tile)

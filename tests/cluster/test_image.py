@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from mcir.train.checkpoint import damage
-from tests.cluster.tools import needs, needs_root, tool, tools_python
+from tests.cluster.tools import lacking, needs, needs_root, tool, tools_python
 from tests.distributed.launch import ROOT
+from tests.test_compose import health_check
 
 pytestmark = pytest.mark.cluster
 
@@ -54,7 +55,7 @@ def image(podman, tmp_path_factory):
         return
     mmdebstrap, buildah = tool("mmdebstrap"), tool("buildah")
     if shutil.disk_usage("/var/lib").free < 30 * 2**30:
-        pytest.skip("less than 30 GB of disk are free")
+        lacking("less than 30 GB of disk are free")
     folder = tmp_path_factory.mktemp("build")
     download = ["-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--retries=0", "--timeout=10"]
     needs("the network", tools_python("pip"), *download, f"--dest={folder}", "hatchling")
@@ -106,6 +107,8 @@ def test_the_quick_start_runs_as_nobody_special(podman, image, run_dir):
     output = run(podman, "run", "--rm", *options(run_dir), image, "train", "configs/quickstart.yaml", *QUICK)
     assert "heldout" in output
     assert record(run_dir)["state"] == "finished"
+    check = ["--entrypoint", "sh", image, "-c", health_check("trainer")[1]]
+    run(podman, "run", "--rm", *options(run_dir), *check)
     assert {path.stat().st_uid for path in run_dir.rglob("*")} == {1000}
 
 
@@ -129,6 +132,14 @@ def test_two_processes_save_on_sigterm_and_go_on(podman, image, run_dir):
     run(podman, "run", "--rm", *options(run_dir), *launch, *train, f"steps={stopped['step'] + 1}")
     assert record(run_dir)["state"] == "finished"
     assert record(run_dir)["starts"][1]["step"] == stopped["step"]
+
+
+def test_zero_compiles_its_helper_and_trains(podman, image, run_dir):
+    """DeepSpeed compiles its optimizer when it is first used: the image has what that takes."""
+    launch = ["--entrypoint", "accelerate", image, "launch", "--config_file", "launch/accelerate/zero2_cpu.yaml"]
+    run(podman, "run", "--rm", *options(run_dir), *launch, "-m", "mcir", "train", "configs/quickstart.yaml", *QUICK)
+    assert record(run_dir)["state"] == "finished"
+    assert record(run_dir)["starts"][0]["environment"]["strategy"] == "zero2"
 
 
 def test_nothing_in_it_but_what_is_said(podman, image):
@@ -171,7 +182,7 @@ def test_compose_brings_up_trainer_and_tensorboard(podman, image, tmp_path, monk
     monkeypatch.setenv("IMAGE", image)
     with socket.socket() as port:
         if port.connect_ex(("127.0.0.1", 6006)) == 0:
-            pytest.skip("something listens on port 6006 already")
+            lacking("something listens on port 6006 already")
     run(*project, "down", "--volumes", check=False)  # of a test run that was killed
     try:
         run(*project, "--podman-run-args=--pull=never", "up", "-d", "--no-build")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.cluster.tools import tool, tools_python
+from tests.cluster.tools import lacking, tool, tools_python
 from tests.distributed.launch import ROOT
 
 pytestmark = pytest.mark.cluster
@@ -25,7 +25,7 @@ def kubectl() -> str:
     version = subprocess.run([path, "version", "--client", "--output=json"], capture_output=True, text=True, check=True)
     version = json.loads(version.stdout)["clientVersion"]["gitVersion"]
     if [int(number) for number in re.findall(r"\d+", version)[:2]] < [1, 27]:
-        pytest.skip(f"kubectl {version} is older than 1.27: tests/cluster/install.sh installs a newer one")
+        lacking(f"kubectl {version} is older than 1.27: tests/cluster/install.sh installs a newer one")
     return path
 
 

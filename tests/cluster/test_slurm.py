@@ -149,7 +149,18 @@ def test_a_run_that_always_crashes_is_requeued_so_often_and_no_more(slurm, tmp_p
     job.start_again(1)
     job.wait_for(lambda: job.state() == "FAILED")
     assert "crashed 2 times: not requeued" in job.text()
-    assert len((job.run_dir / "crashes.txt").read_text().splitlines()) == 2
+    assert len((job.run_dir.parent / "crashes.txt").read_text().splitlines()) == 2
+    assert not job.run_dir.exists()  # training never began
+
+
+def test_arguments_come_before_variables_and_other_runs_are_left_alone(slurm, tmp_path):
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path, steps=4))
+    before = run("single", "train", str(config), "name=mine-2")
+    assert before.returncode == 0, before.stdout
+    job = Job(slurm, tmp_path, str(config), "name=mine", f"runs_dir={tmp_path / 'runs'}", RUNS_DIR="elsewhere")
+    job.wait_for(lambda: job.state() == "COMPLETED")
+    assert f"{tmp_path / 'runs' / 'mine'}: finished" in job.text()
+    assert len(json.loads((tmp_path / "runs" / "mine-2" / "run.json").read_text())["starts"]) == 1
 
 
 def test_a_mistake_in_the_config_is_not_tried_again(slurm, tmp_path):

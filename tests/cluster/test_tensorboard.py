@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cluster.tools import FOLDER, needs, tool
+from tests.cluster.tools import FOLDER, lacking, needs, tool
 from tests.distributed.launch import ROOT, environment
 
 pytestmark = pytest.mark.cluster
@@ -23,7 +23,7 @@ def browser(tmp_path_factory) -> tuple[str, str]:
     """Node and Chromium, tried."""
     node, chromium = tool("node"), tool("chromium")
     if not (FOLDER / "node_modules" / "playwright-core").is_dir():
-        pytest.skip(f"no playwright-core in {FOLDER}: tests/cluster/install.sh installs it")
+        lacking(f"no playwright-core in {FOLDER}: tests/cluster/install.sh installs it")
     profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", profile]
     needs("a Chromium that starts", chromium, *options, "--dump-dom", "about:blank")

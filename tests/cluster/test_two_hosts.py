@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mcir.train.checkpoint import damage
-from tests.cluster.tools import end_leftovers, needs_root, tool
+from tests.cluster.tools import end_leftovers, lacking, needs_root, tool
 from tests.distributed.launch import ROOT, environment, write_config
 from tests.runs import tiny_config
 
@@ -152,7 +152,7 @@ def pair(tmp_path):
         try:
             made.connect()
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"needs the right to make network namespaces: {error.stderr.strip()}")
+            lacking(f"needs the right to make network namespaces: {error.stderr.strip()}")
         yield made
     finally:
         for host in made.hosts:

@@ -1,4 +1,5 @@
-"""What the tests marked `cluster` need of a machine: where it is missing they are skipped at once, saying why."""
+"""What the tests marked `cluster` need of a machine: where it is missing they are skipped at once, saying why, or fail
+where MCIR_REQUIRE=cluster asks for them: then a green run has run them all."""
 
 import os
 import shutil
@@ -6,6 +7,7 @@ import signal
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -13,12 +15,19 @@ FOLDER = Path(os.environ.get("MCIR_TOOLS", "/opt/mcir-tools"))
 RUN = "MCIR_TEST_RUN"
 
 
+def lacking(what: str) -> NoReturn:
+    """Skips the test, or fails it where it is asked for."""
+    if "cluster" in os.environ.get("MCIR_REQUIRE", "").split(","):
+        pytest.fail(f"MCIR_REQUIRE=cluster: {what}")
+    pytest.skip(what)
+
+
 def tool(name: str) -> str:
     """The path of a program; the test is skipped where there is none."""
     places = [str(FOLDER / "bin"), str(FOLDER / "node_modules" / ".bin"), os.environ["PATH"], "/usr/sbin"]
     found = shutil.which(name, path=os.pathsep.join(places))
     if found is None:
-        pytest.skip(f"no {name}: tests/cluster/install.sh installs it")
+        lacking(f"no {name}: tests/cluster/install.sh installs it")
     return found
 
 
@@ -27,7 +36,7 @@ def tools_python(*packages: str) -> str:
     python = FOLDER / "bin" / "python"
     found = {path.name for path in FOLDER.glob("lib/python*/site-packages/*")}
     if not python.exists() or not found.issuperset(packages):
-        pytest.skip(f"no {', '.join(packages)} in {FOLDER}: tests/cluster/install.sh installs them")
+        lacking(f"no {', '.join(packages)} in {FOLDER}: tests/cluster/install.sh installs them")
     return str(python)
 
 
@@ -36,16 +45,16 @@ def needs(what: str, *command: str, timeout: float = 60) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"needs {what}: {error}")
+        lacking(f"needs {what}: {error}")
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        pytest.skip(f"needs {what}: {command[0]}: {said[-1]}")
+        lacking(f"needs {what}: {command[0]}: {said[-1]}")
 
 
 def needs_root() -> None:
     """Root who may become another user, which the root of a user namespace may not."""
     if os.geteuid() != 0:
-        pytest.skip("needs root")
+        lacking("needs root")
     needs("root with all rights", "setpriv", "--clear-groups", "true")
 
 

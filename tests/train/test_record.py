@@ -46,6 +46,20 @@ def test_a_run_from_start_to_finish(tmp_path):
     assert start["environment"]["versions"].keys() >= {"torch", "accelerate", "mcir"}
 
 
+def test_long_steps_and_validations_keep_the_record_fresh(tmp_path, monkeypatch):
+    """A health check looks at its age: nothing may take long without a word."""
+    values = tiny_config(tmp_path, tracking={"log_every": 100}, checkpoint={"every": 100})
+    source = values["data"]["train"][0]["source"]  # 24 images
+    values["validation"] = {"every": 100, "sets": {"seen": SETS["seen"] | {"source": source}}}
+    engine = build_engine(validate(values, "test"))
+    steps = []
+    monkeypatch.setattr(engine.record, "update", lambda step=None, **values: steps.append(step))
+    monkeypatch.setattr("mcir.train.record.FRESH_S", -1.0)
+    engine.fit()
+    assert [steps.count(step) for step in range(1, 6)] == [1] * 5
+    assert steps.count(6) >= 24
+
+
 def test_restarts_are_listed_with_the_step_and_the_reason(tmp_path):
     config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path, steps=100_000, tracking={"log_every": 1}))
     command = [sys.executable, "-m", "mcir", "train", str(config), "--resume", "auto"]
