@@ -22,7 +22,7 @@ from mcir.objective.objective import ObjectiveConfig
 from mcir.objective.ratio import RatioConfig
 from mcir.parallel.config import ComputeConfig
 from mcir.section import TAGS, Section, parse_yaml, to_yaml
-from mcir.train.config import CheckpointConfig, TrackingConfig
+from mcir.train.config import CheckpointConfig, TrackingConfig, WatchConfig
 from mcir.train.optim import OptimConfig, Segments
 
 
@@ -56,6 +56,8 @@ class RunConfig(Section):
     validation: ValidationConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    watch: WatchConfig | None = WatchConfig()
+    """null: the run goes on whatever happens, but for gradients that are not finite."""
     compute: ComputeConfig = ComputeConfig()
 
     @property

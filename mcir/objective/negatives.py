@@ -2,7 +2,7 @@
 
 They are made before `accelerator.prepare`, are never prepared themselves and hold no gradients. Whatever shards the
 target, they change in two ways only, both collective and both driven by rank-agreed values: `sync` (once, after
-`prepare`) and `update`, a function of the step and, for triggered ones, of a number that all ranks gather.
+`prepare`) and `update`, a function of the step and, for triggered ones, of a number that all ranks agree on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,7 +104,7 @@ class Negatives(nn.Module):
     def update(self, step: int, error: Tensor | None = None) -> None:
         """Move the negatives that are due at this step. Collective where any is due: call it on all ranks.
 
-        `error`: what triggers look at, this rank's mean over a batch of std(2 (restored - clean)).
+        `error`: what triggers look at, mean_b std(2 (restored - clean)), equal on all ranks.
         """
         decays: dict[int, float | Tensor] = {
             k: s.decay for k, s in enumerate(self.schedules) if s.trigger is None and s.last_update(step) == step
@@ -147,8 +147,6 @@ class Negatives(nn.Module):
         where the error is low. They stay on the device, so the host need not know which is updated."""
         if error is None:
             raise UserError("a triggered negative needs `error`: negatives.update(step, error)")
-        # gathered and not reduced: all ranks add the same numbers in the same order
-        error = self._attached().gather(error.detach().float().reshape(1)).mean()
         ring = [(k, s.trigger, s.decay) for k, s in enumerate(self.schedules) if s.trigger is not None]
         decays, turn = {}, self.turn % len(ring)
         fired = torch.zeros_like(self.turn)

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
-from accelerate import Accelerator
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -112,12 +111,10 @@ class Objective(nn.Module):
         if isinstance(self.contrast, Ratio):
             self.contrast.best_psnr.fill_(max(psnr, float(self.contrast.best_psnr)))
 
-    def follow(self, accelerator: Accelerator, losses: Mapping[str, Tensor]) -> None:
-        """Take in a step's mean losses of this rank: what moves with them is the same on all. Collective."""
-        if self.weight is not None and self.weight.ratio is not None:
-            # gathered and not reduced: all ranks add the same numbers in the same order
-            mine = torch.stack([losses["reconstruction"], losses["contrast"]])
-            self.weight.follow(*accelerator.gather(mine[None]).mean(0))
+    def follow(self, losses: Mapping[str, Tensor]) -> None:
+        """Take in a step's mean losses, equal on all ranks."""
+        if self.weight is not None:
+            self.weight.follow(losses["reconstruction"], losses["contrast"])
 
 
 def enlarged(degraded: Tensor, clean: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ whole.
         model.safetensors                    whole fp32 weights, official names, config in the metadata: loads anywhere
         ema.safetensors                      the same for the evaluation EMA, where there is one
         negatives.safetensors                `K.name`, fp32, where there are negatives
-        contrast.safetensors                 what else the contrast follows: its weight, whose turn it is, an embedding
+        followed.safetensors                 what else the run follows, such as the contrast's weight
         optimizer-00000-of-00002.safetensors each process's share of Adam's moments, as whole tensors
         state.json  config.yaml              step, data position, what was running; the resolved config
         manifest.json                        size and SHA-256 of every file

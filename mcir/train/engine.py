@@ -4,7 +4,7 @@ ranks."""
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ from mcir.train.state import State
 from mcir.train.stop import StopRequest
 from mcir.train.tracking import Meter, Tracker, memory_gib
 from mcir.train.validation import Validation
+from mcir.train.watch import Watch
 from mcir.weights.files import load_into
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class Engine:
             accelerator, config, self.model, self.optimizer, self.negatives, self.objective, self.ema, self.loader
         )
         self.state.loss_scale = LossScale(accelerator, self.optimizer) if precision_of(accelerator) == "fp16" else None
+        self.state.watch = Watch(config.watch, accelerator.device) if config.watch else None
         self.state.skipped_in_a_row = torch.zeros((), device=accelerator.device)
         self.most_skipped = torch.zeros((), device=accelerator.device)
 
@@ -147,7 +149,8 @@ class Engine:
                         losses["error"] = restoration_error(restored, batch.clean)
                     if batch.weight != 1:
                         losses = {name: value * batch.weight for name, value in losses.items()}
-                self.accelerator.backward(scale(losses["total"]) if scale else losses["total"])
+                total = losses["total"] * self.state.watch.gate if self.state.watch else losses["total"]
+                self.accelerator.backward(scale(total) if scale else total)
                 if self.accelerator.sync_gradients:
                     norm, skipped = clip_and_guard(
                         self.accelerator, self.model, self.optimizer, optim.max_grad_norm, scale
@@ -160,9 +163,19 @@ class Engine:
         self.most_skipped = torch.maximum(self.most_skipped, self.state.skipped_in_a_row)
         if self.ema:
             self.ema.update(self.state.step)
-        self.negatives.update(self.state.step, sums.get("error"))
-        self.objective.follow(self.accelerator, sums)
+        agreed = self._agreed(sums)
+        self.negatives.update(self.state.step, agreed.get("error"))
+        self.objective.follow(agreed)
+        if self.state.watch:
+            self.state.watch.see(self.state.step, agreed["reconstruction"], agreed.get("contrast"), norm)
         return {**sums, "grad_norm": norm, "skipped": skipped}
+
+    def _agreed(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The means over ranks of what decisions are made by. Gathered and not reduced: all ranks add the same numbers
+        in the same order. Collective."""
+        names = [name for name in ("reconstruction", "contrast", "error") if name in sums]
+        values = self.accelerator.gather(torch.stack([sums[name] for name in names])[None]).mean(0)
+        return dict(zip(names, values, strict=True))
 
     def fit(self) -> int:
         """Train from where the run is to its end or to a stop signal; the exit code. Collective."""
@@ -208,6 +221,9 @@ class Engine:
 
     def _log(self, tracker: Tracker, meter: Meter) -> None:
         values, speed, wait = meter.read(self.accelerator)
+        watched, said = self.state.watch.report(self.checkpointer.folder) if self.state.watch else ({}, None)
+        if said:
+            tracker.message(f"step {self.state.step}: {said}")
         if self.most_skipped > self.config.optim.max_skipped:
             last = self.checkpointer.latest()
             good = last if last and is_healthy(last.path) else None
@@ -225,7 +241,7 @@ class Engine:
             scalars["contrast/share"] = abs(values["contrast"]) / max(abs(values["reconstruction"]), 1e-12)
         if "error" in values:
             scalars["negatives/error"] = values.pop("error")
-        scalars |= {f"loss/{name}": value for name, value in values.items()}
+        scalars |= {f"loss/{name}": value for name, value in values.items()} | watched
         scalars |= {f"negatives/age_{k}": float(age) for k, age in enumerate(self.negatives.age(self.state.step))}
         scalars |= {
             "optim/lr": self.config.optim.lr(self.state.step, self.config.steps),

@@ -21,6 +21,7 @@ from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import full_moments, full_params, load_full_moments, load_full_params
 from mcir.train.checkpoint import Checkpoint, Checkpointer, to_cpu
 from mcir.train.ema import EMA
+from mcir.train.watch import Watch
 
 
 @dataclass
@@ -39,6 +40,7 @@ class State:
     """Optimizer steps made."""
     skipped_in_a_row: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Steps up to this one that were skipped because the gradient was not finite; on the device, equal on all ranks."""
+    watch: Watch | None = None
     loss_scale: LossScale | None = None
     """Where the run computes in fp16."""
     best: tuple[float, str] | None = None
@@ -60,7 +62,7 @@ class State:
             if len(self.negatives.nets):
                 files["negatives.safetensors"] = _collect(self.negatives.nets.state_dict().items(), main)
             if followed := self._followed():
-                files["contrast.safetensors"] = _collect(followed.items(), main)
+                files["followed.safetensors"] = _collect(followed.items(), main)
         rank, world_size = accelerator.process_index, accelerator.num_processes
         mine: dict[str, Tensor] = {}
         for i, (key, tensor) in enumerate(full_moments(accelerator, self.model, self.optimizer)):
@@ -71,7 +73,8 @@ class State:
         state = {
             "step": self.step,
             "skipped_in_a_row": skipped_in_a_row,
-            "healthy": not skipped_in_a_row and all(bool(t.isfinite().all()) for t in model.values()),
+            "healthy": not (skipped_in_a_row or (self.watch and self.watch.in_trouble))
+            and all(bool(t.isfinite().all()) for t in model.values()),
             "position": self.loader.position,
             "order": self.loader.order,
             "best": self.best,
@@ -108,9 +111,9 @@ class State:
         if len(self.negatives.nets):
             negatives = _strict(checkpoint.reader("negatives.safetensors"), checkpoint)
             self.negatives.nets.load_state_dict({key: negatives(key) for key in self.negatives.nets.state_dict()})
-        contrast = checkpoint.reader("contrast.safetensors")
+        saved_state = checkpoint.reader("followed.safetensors")
         for key, tensor in self._followed().items():  # where another contrast was trained, it begins here
-            if (followed := contrast(key)) is not None and followed.shape == tensor.shape:
+            if (followed := saved_state(key)) is not None and followed.shape == tensor.shape:
                 tensor.copy_(followed)
         self.step, self.loader.position, self.loader.order = state["step"], state["position"], state["order"]
         if self.loader.position != self.loader.position_after(self.step):
@@ -126,8 +129,9 @@ class State:
         self.best = tuple(state["best"]) if state["best"] else None
 
     def _followed(self) -> dict[str, Tensor]:
-        """What the contrast changes as it goes, beside the negatives' weights: to be overwritten in place."""
-        return {**self.objective.state(), **self.negatives.state()}
+        """What else changes as the run goes, all on every rank: to be overwritten in place."""
+        watched = self.watch.state() if self.watch else {}
+        return {**self.objective.state(), **self.negatives.state(), **watched}
 
     def num_skipped(self) -> int:
         """Rows left out by all ranks. Collective."""

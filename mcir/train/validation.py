@@ -60,6 +60,8 @@ class Validation:
         where, metric = (config.best or f"{next(iter(config.sets))}/psnr").rsplit("/", 1)
         value = means[where][metric]
         state.objective.validated(means[where]["psnr"])
+        if state.watch and (said := state.watch.validated(means[where]["psnr"])):
+            tracker.message(f"step {state.step}: {said}")
         if not math.isfinite(value) or (state.best is not None and value <= state.best[0]):
             return False
         state.best = value, f"step-{state.step:08d}"

@@ -131,8 +131,8 @@ def test_every_kind_of_history_resumes_to_the_bit(tmp_path):
     assert resumed.fit() == 0
     expected, got = checkpoint_tensors(whole.run_dir, 6), checkpoint_tensors(resumed.run_dir, 6)
     assert expected.keys() == got.keys()
-    assert {"contrast.safetensors:weight.value", "contrast.safetensors:negatives.turn"} <= expected.keys()
-    assert expected["contrast.safetensors:negatives.turn"] > 3  # the tiny network's error is high
+    assert {"followed.safetensors:weight.value", "followed.safetensors:negatives.turn"} <= expected.keys()
+    assert expected["followed.safetensors:negatives.turn"] > 3  # the tiny network's error is high
     for key, value in expected.items():
         assert torch.equal(value, got[key]), key
 
