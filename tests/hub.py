@@ -1,8 +1,9 @@
-"""The part of the Hugging Face Hub's HTTP interface that reading a dataset takes, over folders on this machine: what
-`huggingface_hub` asks for, without the network. Point HF_ENDPOINT of a new process at it."""
+"""The part of the Hugging Face Hub's HTTP interface that reading and pushing a dataset takes, over folders on this
+machine: what `huggingface_hub` asks for, without the network. Point HF_ENDPOINT of a new process at it."""
 
 import json
 import re
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha1
@@ -51,6 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        answer: Any
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         path = unquote(urlsplit(self.path).path)
         if self.server.silent:
@@ -63,6 +65,9 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             self._file(self.server.root / match[1] / match[2])
             return
+        if self.command == "POST" and (answer := self._upload(path, body)):
+            self._answer(*answer)
+            return
         match = re.fullmatch(
             r"/api/datasets/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/(?:refs/convert/)?[^/]+)?(/.*)?", path
         )
@@ -70,7 +75,6 @@ class _Handler(BaseHTTPRequestHandler):
         if match is None or repo is None or not repo.is_dir():
             self._answer(404, {"X-Error-Code": "RepoNotFound"}, b"{}")
             return
-        answer: Any
         if match[2] in (None, "revision"):
             names = [{"rfilename": str(file.relative_to(repo))} for file in repo.rglob("*") if file.is_file()]
             answer = {"id": match[1], "sha": COMMIT, "siblings": names, "tags": [], "private": False}
@@ -85,6 +89,38 @@ class _Handler(BaseHTTPRequestHandler):
             names = parse_qs(body).get("paths", [])
             answer = [_entry(repo, repo / name) for name in names if (repo / name).exists()]
         self._answer(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+
+    def _upload(self, path: str, body: str) -> tuple[int, dict[str, str], bytes] | None:
+        """What `create_repo` and `upload_folder` ask for; files come inside the commit, none by LFS."""
+        kind = {"Content-Type": "application/json"}
+        match = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(preupload|commit)/main", path)
+        if match is None and path not in ("/api/repos/create", "/api/validate-yaml"):
+            return None
+        if "Authorization" not in self.headers:
+            return 401, kind, b'{"error": "Invalid username or password."}'
+        if match is None:
+            asked = json.loads(body)
+            if path == "/api/validate-yaml":
+                return 200, kind, b"{}"
+            repo = f"{asked['organization']}/{asked['name']}"
+            there = (self.server.root / repo).is_dir()
+            (self.server.root / repo).mkdir(parents=True, exist_ok=True)
+            url = {"url": f"{self.server.endpoint}/datasets/{repo}", "error": "You already created this dataset repo"}
+            return 409 if there else 200, kind, json.dumps(url).encode()
+        repo = self.server.root / match[1]
+        if match[2] == "preupload":
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            files = [{"path": file["path"]} | modes for file in json.loads(body)["files"]]
+            return 200, kind, json.dumps({"files": files}).encode()
+        for line in map(json.loads, body.splitlines()):
+            file = repo / line["value"].get("path", "")
+            if line["key"] == "file":
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(b64decode(line["value"]["content"]))
+            elif line["key"] == "deletedFile":
+                file.unlink()
+        url = f"{self.server.endpoint}/datasets/{match[1]}/commit/{COMMIT}"
+        return 200, kind, json.dumps({"success": True, "commitUrl": url, "commitOid": COMMIT}).encode()
 
     def _file(self, path: Path) -> None:
         if not path.is_file():

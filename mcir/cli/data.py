@@ -55,6 +55,8 @@ def pack(
         str | None, typer.Option(help="Makes degraded images of clean ones, such as '{name: bicubic, scale: 4}'.")
     ] = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes.")] = 4,
+    push: Annotated[str | None, typer.Option(help="Dataset repository of the Hub to upload it to, owner/name.")] = None,
+    private: Annotated[bool, typer.Option(help="Where --push makes the repository.")] = False,
 ) -> None:
     """Write image folders as the Parquet shards that training and evaluation stream. Interrupted, it continues."""
     from pyarrow.parquet import read_metadata
@@ -77,6 +79,13 @@ def pack(
         degradation=_degradation(degradation),
         split=_SPLITS[split] if split else pairs.split,
     )
+    if private and not push:
+        raise UserError("--private goes with --push")
+    if push:
+        from mcir.data.push import prepare
+
+        options.check(pairs)
+        prepare(push, options.split, private)
     if pairs.note:
         print(f"{pairs.title}: {pairs.note}")
     for line in pairs.left_out.lines():
@@ -84,6 +93,11 @@ def pack(
     shards = write(pairs, output, options, num_workers)
     num_rows = sum(read_metadata(shard).num_rows for shard in shards)
     print(f"{output}: {num_rows} samples in {len(shards)} shard{'s' if len(shards) > 1 else ''}")
+    if push:
+        from mcir.data.push import push as upload
+
+        url = upload(output, push, options.split)
+        print(f"{url}: in a config, source: {{format: hub, repo: {push}, split: {options.split}}}")
 
 
 @app.command()

@@ -99,6 +99,10 @@ def _open(data: bytes | memoryview, where: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise _too_large(where) from error
     except UnidentifiedImageError as error:
+        if bytes(data[:4]) == b"\0\5\x16\7":
+            raise UserError(
+                f"{where}: no image, but what macOS keeps beside one (AppleDouble, ._*): remove it"
+            ) from error
         raise UserError(f"{where}: not an image in a format that is read ({', '.join(_FORMATS)})") from error
     except Exception as error:
         raise UserError(f"{where}: the image's header is corrupt: {error}") from error

@@ -73,7 +73,8 @@ class HubSource(Source):
     split: str = "train"
     revision: str | None = None
     """A branch, tag or commit. `refs/convert/parquet` holds the Hub's own Parquet copy of most datasets that are stored
-    otherwise, whose configuration is `default` where it has no name."""
+    otherwise; its configuration is `default` where it has no name, and the split of the first part of a large one is
+    `partial-train`."""
     columns: Columns = Columns()
 
     def open(self, extra: Sequence[str] = ()) -> Units:
@@ -81,15 +82,16 @@ class HubSource(Source):
 
         where: dict[str, Any] = {"name": self.config}
         if self.revision == _CONVERTED:  # which holds no card that says where they are
-            where = {"data_files": {self.split: f"{self.config or 'default'}/{self.split}/*.parquet"}}
+            where = {"data_files": {"train": f"{self.config or 'default'}/{self.split}/*.parquet"}}
         try:
             splits = load_dataset_builder(self.repo, revision=self.revision, **where).config.data_files or {}
         except Exception as error:
             raise self._unreachable(error) from error
-        if self.split not in splits:
+        split = "train" if "data_files" in where else self.split
+        if split not in splits:
             there = ", ".join(map(str, splits))
-            raise UserError(f"the Hub dataset {self.repo} has no split {self.split}; it has {there}")
-        files = [str(file) for file in splits[self.split]]
+            raise UserError(f"the Hub dataset {self.repo} has no split {split}; it has {there}")
+        files = [str(file) for file in splits[split]]
         if other := [file for file in files if not file.lower().endswith(".parquet")]:
             raise UserError(
                 f"the Hub dataset {self.repo} is not stored as Parquet: split {self.split} has {other[0]}; "
@@ -144,7 +146,7 @@ class LayoutSource(Source):
 
     format: Literal["layout"]
     layout: str
-    """Its name, such as set5; `mcir data pack --help` lists them."""
+    """Its name, such as set5; a wrong one lists them all."""
     path: str
     """The folder where it was unpacked."""
     split: str | None = None

@@ -48,6 +48,34 @@ def test_the_valid_part_of_a_layout_is_what_the_hub_calls_validation(folder, mon
     assert [shard.name for shard in folder.glob("out/*.parquet")] == ["validation-00000-of-00001.parquet"]
 
 
+def test_names_by_a_pattern_test_sets_and_left_over_files(folder, monkeypatch, capsys):
+    for image in sorted((folder / "degraded").iterdir()):
+        image.rename(image.with_name(f"{image.stem}x2.png"))
+    (folder / "clean/.trash").mkdir()
+    (folder / "clean/.trash/old.png").write_bytes(b"")
+    pairs = ["--degraded", "degraded", "--scale", "2"]
+    code, printed, said = run(monkeypatch, capsys, "data", "pack", "clean", "out", *pairs)
+    assert code == 1
+    assert "--pattern '{key}x2' (in a config pattern: '{key}x2') pairs all of them" in said
+    code, printed, _ = run(monkeypatch, capsys, "data", "inspect", "clean", *pairs)
+    assert code == 1
+    assert printed.count("half in") == 4
+    pairs += ["--pattern", "{key}x2.png"]
+    code, printed, _ = run(monkeypatch, capsys, "data", "inspect", "clean", *pairs)
+    assert (code, "left out: 1 hidden, or left over by a file manager (clean/.trash/old.png)" in printed) == (0, True)
+    code, printed, _ = run(monkeypatch, capsys, "data", "pack", "clean", "out", *pairs, "--num-workers", "0")
+    assert (code, printed.splitlines()[-1]) == (0, "out: 2 samples in 1 shard")
+    (folder / "Set5/HR").mkdir(parents=True)
+    (folder / "clean/a.png").rename(folder / "Set5/HR/a.png")
+    code, printed, _ = run(
+        monkeypatch, capsys, "data", "pack", "Set5", "set5", "--layout", "set5", "--num-workers", "0"
+    )
+    assert (code, [shard.name for shard in folder.glob("set5/*.parquet")]) == (0, ["test-00000-of-00001.parquet"])
+    assert run(monkeypatch, capsys, "data", "inspect", "Set5", "--layout", "set5")[0] == 0  # a subset is no fault
+    code, printed, _ = run(monkeypatch, capsys, "data", "inspect", "set5", "--columns", "{clean: hr}")
+    assert (code, "set5 has no column hr (it has clean, key)" in printed) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -56,6 +84,10 @@ def test_the_valid_part_of_a_layout_is_what_the_hub_calls_validation(folder, mon
         ("pack clean out --layout none", "there is no layout 'none'; there are div2k, "),
         ("pack clean out --layout div2k --split test", "give the split, train or valid, not test"),
         ("pack clean out --layout set5 --degraded degraded", "--degraded goes with plain folders"),
+        ("pack clean out --layout set5 --pattern {key}x2", "--pattern goes with plain folders"),
+        ("pack clean out --pattern {key}x2", "goes with pairs"),
+        ("pack clean out --private", "--private goes with --push"),
+        ("inspect clean --columns {clean:hr}", "--columns goes with Parquet files"),
         ("pack clean out --crop-format jpg", "--crop-format jpg: choose png or webp"),
         ("pack clean out --crop-size 0", "crop_size must be a positive multiple"),
         ("pack clean out --degradation bicubic", "--degradation bicubic: Input should be a valid dictionary"),

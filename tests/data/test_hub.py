@@ -122,7 +122,7 @@ def test_named_configurations_and_columns_of_other_names(tmp_path):
         pq.write_table(pa.table({"image_id": [7, 8], "hr": pictures, "lr": pictures[::-1], "caption": ["", ""]}), file)
         expected[place] = [sha1(pictures[i]["bytes"]).hexdigest() for i in (0, 1)]
     (tmp_path / "hub/owner/name/README.md").write_text(CARD)
-    copy = tmp_path / "hub/owner/copy/default/train/0000.parquet"
+    copy = tmp_path / "hub/owner/copy/default/partial-train/0000.parquet"
     copy.parent.mkdir(parents=True)
     shutil.copy(file, copy)
     code = (
@@ -134,7 +134,7 @@ def test_named_configurations_and_columns_of_other_names(tmp_path):
         "print(json.dumps([\n"
         "    rows('owner/name', config='x2', columns=columns),\n"
         "    rows('owner/name', config='x2', split='test', columns=columns | {'key': None}),\n"
-        "    rows('owner/copy', revision='refs/convert/parquet', columns=columns),\n"
+        "    rows('owner/copy', revision='refs/convert/parquet', split='partial-train', columns=columns),\n"
         "    rows('owner/name', columns=columns), rows('owner/name', config='x3'), rows('owner/name', config='x4'),\n"
         "    rows('owner/name', config='x4', columns=columns | {'degraded': 'caption2'}),\n"
         "]))"
@@ -178,3 +178,42 @@ def test_the_hub_is_not_asked_when_offline(tmp_path):
         error = of_the_hub("print(json.dumps(opened('owner/name')))", tmp_path, hub.endpoint, HF_HUB_OFFLINE="1")
     assert error.startswith("the Hub dataset owner/name cannot be opened (")
     assert "HF_HUB_OFFLINE" in error
+
+
+def test_a_packed_dataset_is_pushed_and_read_back(tmp_path):
+    """Through the command line; what another pack had there goes, and other splits are not lost to a new card."""
+    for i in range(3):
+        (tmp_path / "clean").mkdir(exist_ok=True)
+        (tmp_path / f"clean/{i}.png").write_bytes(png(np.full((8, 8, 3), i, np.uint8)))
+    (tmp_path / "hub/owner/name").mkdir(parents=True)
+    (tmp_path / "hub/owner/name/train-00000-of-00009.parquet").write_bytes(b"of before")
+    (tmp_path / "hub/owner/split").mkdir()
+    (tmp_path / "hub/owner/split/test-00000-of-00001.parquet").write_bytes(b"of another split")
+    code = (
+        "import contextlib, io, os, sys\n"
+        "from mcir.cli import main\n"
+        "def said(repo, output):\n"
+        "    sys.argv = ['mcir', 'data', 'pack', 'clean', output, '--num-shards', '2', '--num-workers', '0']\n"
+        "    sys.argv += ['--push', repo]\n"
+        "    out, err = io.StringIO(), io.StringIO()\n"
+        "    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):\n"
+        "        main()\n"
+        "    return out.getvalue(), err.getvalue().splitlines()[-1]\n"
+        f"os.chdir({str(tmp_path)!r})\n"
+        "pushed, refused, wrong = said('owner/name', 'out'), said('owner/split', 'out2'), said('a b', 'out3')\n"
+        "units = opened('owner/name')\n"
+        "keys = units if isinstance(units, str) else [row.key for row in units]\n"
+        "del os.environ['HF_TOKEN']\n"
+        "print(json.dumps([pushed, refused[1], wrong[1], said('owner/new', 'out4')[1], keys]))"
+    )
+    with serve(tmp_path / "hub") as hub:
+        pushed, *refused, keys = of_the_hub(code, tmp_path, hub.endpoint, HF_TOKEN="hf_token")
+        assert f"{hub.endpoint}/datasets/owner/name: in a config, source: {{format: hub, repo: owner/name" in pushed[0]
+    assert sorted(keys) == ["0", "1", "2"]
+    names = {file.name for file in (tmp_path / "hub/owner/name").iterdir()}
+    assert names == {"README.md", "train-00000-of-00002.parquet", "train-00001-of-00002.parquet"}
+    for said, message in zip(
+        refused, ("it holds test-00000", "the Hub does not take it", "the token (HF_TOKEN"), strict=True
+    ):
+        assert message in said
+    assert not any((tmp_path / f"out{i}").exists() for i in (2, 3, 4))
