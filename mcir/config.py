@@ -7,11 +7,13 @@ equal."""
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
 
 from mcir.archs import AnyArch
 from mcir.data.stages import Phase, Stage, phases
@@ -21,7 +23,7 @@ from mcir.evaluation.config import MEAN, ValidationConfig
 from mcir.objective.objective import ObjectiveConfig
 from mcir.objective.ratio import RatioConfig
 from mcir.parallel.config import ComputeConfig
-from mcir.section import TAGS, Section, parse_yaml, to_yaml
+from mcir.section import TAGS, PathText, Section, parse_yaml, to_yaml
 from mcir.train.config import CheckpointConfig, TrackingConfig, WatchConfig
 from mcir.train.optim import OptimConfig, Segments
 
@@ -31,7 +33,7 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The run directory is runs_dir/name."""
-    runs_dir: str = "runs"
+    runs_dir: PathText = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     steps: PositiveInt
     """Optimizer steps."""
@@ -43,7 +45,7 @@ class RunConfig(Section):
     stages: tuple[Stage, ...] = ()
     """Other crops and batches from a step on; data.crop_size and batch_size hold before the first."""
     arch: AnyArch
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Weights to start from (.safetensors, .pth, .pt, .ckpt, .pk)."""
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -72,57 +74,65 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
-        scale = self.arch.descriptor.scale
-        faults = []
-        crops = {"data.crop_size": self.data.crop_size}
-        batches = {"batch_size": self.batch_size}
-        after = 0
-        for i, stage in enumerate(self.stages):
-            crops[f"stages.{i}.crop_size"], batches[f"stages.{i}.batch_size"] = stage.crop_size, stage.batch_size
-            if not after < stage.after < self.steps:
-                limits = f"after step {after} and before the last, {self.steps}"
-                faults.append(f"stages.{i}.after: {stage.after}, and it should begin {limits}")
-            after = stage.after
-        for place, crop_size in crops.items():
-            if crop_size % scale:
-                faults.append(f"{place}: {crop_size} is no multiple of the network's scale {scale}")
-        for place, batch_size in batches.items():
-            if batch_size % self.num_micro_batches:
-                faults.append(f"{place}: {batch_size} is no multiple of accumulate, {self.accumulate}")
-        ends = self.optim.schedule.end if isinstance(self.optim.schedule, Segments) else None
-        if ends is not None and ends < self.steps:
-            faults.append(f"optim.schedule.pieces: the last ends at step {ends}, the run at {self.steps}")
-        for term in self.objective.reconstruction:
-            for place, crop_size in crops.items():
-                if term.min_side > crop_size:
-                    needed = f"{term.name} needs at least {term.min_side} pixels"
-                    faults.append(f"objective.reconstruction: {needed}, {place} is {crop_size}")
-        places = [(f"data.train.{i}", source.degradation) for i, source in enumerate(self.data.train)]
-        if self.validation:
-            places += [(f"validation.sets.{name}", s.degradation) for name, s in self.validation.sets.items()]
-            if self.validation.weights == "ema" and self.ema_decay is None:
-                faults.append("validation.weights: ema, but ema_decay is not set")
-            if MEAN in self.validation.sets:
-                faults.append(f"validation.sets.{MEAN}: that name is for the mean of the sets; call it otherwise")
-            metrics = [f"{name}/{metric}" for name in (*self.validation.sets, MEAN) for metric in ("psnr", "ssim")]
-            if self.validation.best is not None and self.validation.best not in metrics:
-                faults.append(f"validation.best: no {self.validation.best}; there are {', '.join(metrics)}")
-            if scale == 1 and any(data.protocol == "sr" for data in self.validation.sets.values()):
-                faults.append("validation.sets: the protocol sr is for super-resolution; this network keeps the size")
-        for place, degradation in places:
-            if degradation is not None and degradation.scale != scale:
-                faults.append(f"{place}.degradation: its scale is {degradation.scale}, the network's is {scale}")
-        contrast = self.objective.contrast
-        for k, schedule in enumerate(contrast.negatives if contrast else ()):
-            if schedule.source == "ema" and self.ema_decay is None:
-                faults.append(f"objective.contrast.negatives.{k}.source: ema, but ema_decay is not set")
-        if isinstance(contrast, RatioConfig) and contrast.curriculum and self.validation is None:
-            faults.append("objective.contrast.curriculum: it goes by the validated PSNR, and there is no validation")
-        if self.data.mixup and self.objective.columns:
-            faults.append("data.mixup: it mixes no further images, which objective.contrast.columns asks for")
-        if faults:
-            raise ValueError("; ".join(faults))
+        if faults := _contradictions(self):
+            raise ValueError(*faults)
         return self
+
+
+def _contradictions(run: Any, unsure: Collection[str] = ()) -> list[str]:
+    """A line for each mistake that lies between fields. `run` has RunConfig's; those that are None are left out, and so
+    is what would need to know `unsure` ones."""
+    scale, data, validation = run.arch and run.arch.descriptor.scale, run.data, run.validation
+    faults = []
+    no_ema = run.ema_decay is None and "ema_decay" not in unsure
+    no_validation = validation is None and "validation" not in unsure
+    crops = {"data.crop_size": data.crop_size} if data else {}
+    batches = {"batch_size": run.batch_size} if run.batch_size else {}
+    after = 0
+    for i, stage in enumerate(run.stages or ()):
+        crops[f"stages.{i}.crop_size"], batches[f"stages.{i}.batch_size"] = stage.crop_size, stage.batch_size
+        if run.steps and not after < stage.after < run.steps:
+            limits = f"after step {after} and before the last, {run.steps}"
+            faults.append(f"stages.{i}.after: {stage.after}, and it should begin {limits}")
+        after = stage.after
+    for place, crop_size in crops.items():
+        if scale and crop_size % scale:
+            faults.append(f"{place}: {crop_size} is no multiple of the network's scale {scale}")
+    for place, batch_size in batches.items():
+        if isinstance(run.accumulate, int) and batch_size % run.accumulate:
+            faults.append(f"{place}: {batch_size} is no multiple of accumulate, {run.accumulate}")
+    ends = run.optim.schedule.end if run.optim and isinstance(run.optim.schedule, Segments) else None
+    if ends is not None and run.steps and ends < run.steps:
+        faults.append(f"optim.schedule.pieces: the last ends at step {ends}, the run at {run.steps}")
+    for term in run.objective.reconstruction if run.objective else ():
+        for place, crop_size in crops.items():
+            if term.min_side > crop_size:
+                needed = f"{term.name} needs at least {term.min_side} pixels"
+                faults.append(f"objective.reconstruction: {needed}, {place} is {crop_size}")
+    places = [(f"data.train.{i}", source.degradation) for i, source in enumerate(data.train if data else ())]
+    if validation:
+        places += [(f"validation.sets.{name}", s.degradation) for name, s in validation.sets.items()]
+        if validation.weights == "ema" and no_ema:
+            faults.append("validation.weights: ema, but ema_decay is not set")
+        if MEAN in validation.sets:
+            faults.append(f"validation.sets.{MEAN}: that name is for the mean of the sets; call it otherwise")
+        metrics = [f"{name}/{metric}" for name in (*validation.sets, MEAN) for metric in ("psnr", "ssim")]
+        if validation.best is not None and validation.best not in metrics:
+            faults.append(f"validation.best: no {validation.best}; there are {', '.join(metrics)}")
+        if scale == 1 and any(data.protocol == "sr" for data in validation.sets.values()):
+            faults.append("validation.sets: the protocol sr is for super-resolution; this network keeps the size")
+    for place, degradation in places:
+        if degradation is not None and scale and degradation.scale != scale:
+            faults.append(f"{place}.degradation: its scale is {degradation.scale}, the network's is {scale}")
+    contrast = run.objective and run.objective.contrast
+    for k, schedule in enumerate(contrast.negatives if contrast else ()):
+        if schedule.source == "ema" and no_ema:
+            faults.append(f"objective.contrast.negatives.{k}.source: ema, but ema_decay is not set")
+    if isinstance(contrast, RatioConfig) and contrast.curriculum and no_validation:
+        faults.append("objective.contrast.curriculum: it goes by the validated PSNR, and there is no validation")
+    if data and data.mixup and run.objective and run.objective.columns:
+        faults.append("data.mixup: it mixes no further images, which objective.contrast.columns asks for")
+    return faults
 
 
 def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
@@ -146,8 +156,35 @@ def validate(values: Mapping[str, Any], name: str) -> RunConfig:
     except ValidationError as error:
         # A list whose items are wrong is also reported as too short: that is no mistake of the user's.
         faults = [f for f in error.errors() if f["type"] != "too_short" or len(f["input"]) < f["ctx"]["min_length"]]
-        lines = [f"  {line}" for line in dict.fromkeys(_explain(fault, values) for fault in faults)]
+        lines = [line for fault in faults for line in _explain(fault, values)]
+        wrong = {_where(fault["loc"], values)[0] for fault in faults if fault["loc"]}
+        lines += _contradictions(_right_part(_without(values, wrong)), {place[0] for place in wrong}) if wrong else []
+        lines = [f"  {line}" for line in dict.fromkeys(lines)]
         raise UserError(f"{name}: {len(lines)} mistake{'s' if len(lines) > 1 else ''}\n" + "\n".join(lines)) from None
+
+
+def _right_part(values: Mapping[str, Any]) -> types.SimpleNamespace:
+    """The fields of a RunConfig that can be read; None for the others."""
+    right = dict.fromkeys(RunConfig.model_fields)
+    for name, field in RunConfig.model_fields.items():
+        with suppress(ValidationError):
+            kind: TypeAdapter[Any] = TypeAdapter(typing.cast(Any, field.annotation))
+            right[name] = kind.validate_python(values[name]) if name in values else field.get_default()
+    return types.SimpleNamespace(**{n: None if v is PydanticUndefined else v for n, v in right.items()})
+
+
+def _without(node: Any, places: Iterable[tuple[Any, ...]]) -> Any:
+    """The values without what lies at these places of mappings."""
+    inside = [place for place in places if place]
+    if isinstance(node, Mapping):
+        return {
+            key: _without(value, [place[1:] for place in inside if place[0] == key])
+            for key, value in node.items()
+            if (key,) not in inside
+        }
+    if isinstance(node, list | tuple):
+        return [_without(v, [place[1:] for place in inside if place[0] == i]) for i, v in enumerate(node)]
+    return node
 
 
 def dump(config: RunConfig) -> str:
@@ -199,12 +236,21 @@ def _index(node: list[Any], part: str, path: str) -> int:
     return int(part)
 
 
-def _explain(fault: Any, values: Mapping[str, Any]) -> str:
-    """One line: the path as the user wrote it, what is wrong, what may be meant."""
-    path: list[str] = []
+def _explain(fault: Any, values: Mapping[str, Any]) -> list[str]:
+    """A line: the path as the user wrote it, what is wrong, what may be meant; several for contradictions."""
+    path, parent = _where(fault["loc"], values)
+    if not path and fault["type"] == "value_error":
+        return [str(line) for line in fault["ctx"]["error"].args]
+    return [_sentence(fault, ".".join(map(str, path)), parent)]
+
+
+def _where(loc: Sequence[Any], values: Mapping[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    """The keys as the user wrote them, and the annotation of what holds the last."""
+    path: list[Any] = []
     node: Any = values
     annotation: Any = RunConfig
-    for part in fault["loc"]:
+    parent = annotation
+    for part in loc:
         if isinstance(part, int) and isinstance(node, Mapping):  # one entry given in place of a list
             annotation, _ = _descend(annotation, part)
             continue
@@ -212,12 +258,15 @@ def _explain(fault: Any, values: Mapping[str, Any]) -> str:
         parent, (annotation, is_tag) = annotation, _descend(annotation, part)
         if is_tag and not inside:
             continue  # a discriminator's value, which the user did not write as a key
-        path.append(str(part))
+        path.append(part)
         node = node[part] if inside else None
-    where = ".".join(path)
+    return tuple(path), parent
+
+
+def _sentence(fault: Any, where: str, parent: Any) -> str:
     if fault["type"] == "extra_forbidden":
         known = _fields_of(parent)
-        near = difflib.get_close_matches(path[-1], known, n=1)
+        near = difflib.get_close_matches(where.rsplit(".", 1)[-1], known, n=1)
         return f"{where}: no such field" + (
             f", do you mean {near[0]}?" if near else f"; the fields are {', '.join(known)}"
         )
@@ -232,7 +281,7 @@ def _explain(fault: Any, values: Mapping[str, Any]) -> str:
         meant = f", do you mean {near[0]}?" if near else ""
         return f"{where}.{tag}: {fault['ctx']['tag']} is none of {', '.join(expected)}{meant}"
     message = fault["msg"].removeprefix("Value error, ")
-    return message if not path else f"{where}: {message} (given: {fault['input']!r})"
+    return message if not where else f"{where}: {message} (given: {fault['input']!r})"
 
 
 def _fields_of(annotation: Any) -> list[str]:

@@ -4,9 +4,12 @@ A section stands beside the code that it configures; `mcir.config` assembles the
 manual (`mcir config schema`)."""
 
 import io
-from typing import Any
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
@@ -20,6 +23,25 @@ class Section(BaseModel):
     """Frozen, and every key that it does not know is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def expand(path: str) -> str:
+    """`~` at its beginning and `${NAME}` anywhere in a path filled in. ValueError for a variable that is not set."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise ValueError(f"the environment variable {match[1]} is not set")
+        return os.environ[match[1]]
+
+    filled = re.sub(r"\$\{(\w+)\}", value, path)
+    try:
+        return str(Path(filled).expanduser()) if filled.startswith("~") else filled
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+
+
+PathText = Annotated[str, AfterValidator(expand)]
+"""A path, or a pattern of paths, as the user writes it."""
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 
 from mcir.config import RunConfig, dump, load, validate
+from mcir.data.stream import SampleStream
 from mcir.errors import UserError
+from mcir.evaluation.evaluate import try_first
 from tests.runs import tiny_config
 
 OVERLAYS = ("contrasts", "arms")
@@ -50,6 +52,57 @@ def test_every_mistake_is_reported_at_once_with_its_path(tmp_path):
     ]:
         assert line in text
     assert "9 mistakes" in text
+
+
+def test_contradictions_are_reported_with_the_other_mistakes_a_line_each(tmp_path):
+    values = tiny_config(tmp_path)
+    values["batchsize"] = 4
+    values["arch"]["num_feature"] = 16
+    values["steps"] = "many"
+    values["accumulate"] = 3
+    values["data"]["crop_size"] = 17
+    values["validation"] = {"every": 1, "sets": {}, "weights": "ema", "best": "x/psnr"}
+    lines = mistakes(values).splitlines()
+    assert lines[0] == "test: 6 mistakes"
+    assert sorted(line.split(":")[0] for line in lines[1:]) == [
+        "  arch.num_feature",
+        "  batch_size",
+        "  batchsize",
+        "  data.crop_size",
+        "  steps",
+        "  validation.sets",
+    ]
+    values = tiny_config(tmp_path, accumulate=3)
+    values["data"]["crop_size"] = 17
+    assert mistakes(values).splitlines()[0] == "test: 2 mistakes"
+
+
+def test_home_and_variables_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/mnt/data")
+    values = tiny_config(tmp_path, runs_dir="~/runs", init_from="~/w.safetensors")
+    folders = {"format": "folders", "clean": "${DATA}/hr", "degraded": "${DATA}/lr"}
+    values["data"]["train"] = [{"source": folders}, {"source": {"format": "tars", "path": "~/x-*.tar"}}]
+    values["objective"]["contrast"]["features"]["weights"] = "${DATA}/vgg.pth"
+    config = validate(values, "test")
+    assert (config.runs_dir, config.init_from) == ("/home/me/runs", "/home/me/w.safetensors")
+    first, second = config.data.train
+    assert (first.source.clean, first.source.degraded) == ("/mnt/data/hr", "/mnt/data/lr")
+    assert second.source.path == "/home/me/x-*.tar"
+    assert config.objective.contrast.features.weights == "/mnt/data/vgg.pth"
+    values["runs_dir"] = "${NOWHERE_SET}/runs"
+    assert "runs_dir: the environment variable NOWHERE_SET is not set" in mistakes(values)
+
+
+def test_a_source_that_cannot_be_opened_is_named_by_its_field(tmp_path):
+    values = tiny_config(tmp_path)
+    values["data"]["train"].append({"source": {"format": "parquet", "path": "none/*.parquet"}})
+    with pytest.raises(UserError, match=r"^data\.train\.1\.source\.path: no Parquet files at none"):
+        SampleStream(validate(values, "test").data, scale=2, seed=0, num_lanes=4)
+    held = {"source": {"format": "folders", "clean": str(tmp_path), "degraded": "nowhere"}, "protocol": "rgb"}
+    config = validate(values | {"validation": {"every": 1, "sets": {"held": held}}}, "test")
+    with pytest.raises(UserError, match=r"^validation\.sets\.held\.source\.degraded: "):
+        try_first(config.validation.sets, 2)
 
 
 def test_one_loss_or_a_list_of_them(tmp_path):

@@ -16,15 +16,16 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
-from pydantic import JsonValue, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BeforeValidator, JsonValue, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from mcir.archs.base import Arch, Descriptor
 from mcir.archs.state_dict import read_state_dict
 from mcir.errors import UserError
+from mcir.section import expand
 
 if TYPE_CHECKING:
     import spandrel
@@ -179,7 +180,9 @@ class Zoo(Arch):
     """Id or class name as spandrel has it (HAT, SCUNet, RealPLKSR …); read from `weights` when not given."""
     parameters: dict[str, JsonValue] = {}  # noqa: RUF012
     """Arguments of the class; what is not given is spandrel's default, or what `weights` has."""
-    weights: Path | None = None
+    weights: Annotated[Path | None, BeforeValidator(lambda path: expand(path) if isinstance(path, str) else path)] = (
+        None
+    )
     """A file to start from, averaged weights preferred."""
     blocks: tuple[str, ...] | None = None
     """Class names of the repeated blocks, where the guess is not good."""
@@ -189,7 +192,7 @@ class Zoo(Arch):
     def _read_weights(cls, given: Any) -> Any:
         if not isinstance(given, dict) or not given.get("weights") or given.get("architecture"):
             return given
-        found = _detect(Path(given["weights"]))
+        found = _detect(Path(expand(str(given["weights"]))))
         network = type(found.model)
         defaults = _defaults(network)
         parameters = {

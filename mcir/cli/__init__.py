@@ -34,8 +34,20 @@ Overlap = Annotated[int | None, typer.Option(help="Overlap of neighbouring tiles
 Ensemble = Annotated[bool, typer.Option("--ensemble", help="Mean over the 8 turns and mirrorings; 8 times as long.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from mcir import __version__
+
+        print(f"mcir {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Train image-restoration networks against their own history."""
 
 
@@ -52,7 +64,12 @@ def train(
         bool,
         typer.Option("--dry-run", help="Print the resolved config and what each process would hold; start nothing."),
     ] = False,
-    processes: Annotated[int, typer.Option(min=1, help="With --dry-run: the number of processes to plan for.")] = 2,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --dry-run: the number of processes to plan for; by default the launcher's, or 2."
+        ),
+    ] = None,
 ) -> None:
     """Train a network. Use `accelerate launch --config_file launch/accelerate/NAME.yaml -m mcir train …` for
     several processes."""
@@ -64,8 +81,9 @@ def train(
 
         from mcir.train.memory import table
 
-        print(dump(config), end="")
-        Console().print(table(config, processes))
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(dump(config), end="")
+            Console().print(table(config, processes or int(os.environ.get("WORLD_SIZE", "2"))))
         return
     from mcir.train.engine import build_engine
 

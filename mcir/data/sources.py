@@ -30,7 +30,7 @@ from mcir.data.pairs import Pair, Pairs, pair_folders
 from mcir.data.parquet import Columns, open_parquet
 from mcir.data.rows import Row, Units
 from mcir.errors import UserError
-from mcir.section import Section
+from mcir.section import PathText, Section
 
 FILES_IN_A_UNIT = 16
 _CONVERTED = "refs/convert/parquet"
@@ -42,13 +42,22 @@ class Source(Section, ABC):
         """Find the units; `extra` are further columns of images. UserError where nothing is found or a column is
         missing."""
 
+    def open_at(self, place: str, extra: Sequence[str] = ()) -> Units:
+        """`open`, where errors begin with the field of the config, below `place`, whose value they are about."""
+        try:
+            return self.open(extra)
+        except UserError as error:
+            given = {name: value for name, value in self if name != "format" and value and str(value) in str(error)}
+            field = max(given, key=lambda name: len(str(given[name])), default="")
+            raise UserError(f"{place}.{field}: {error}" if field else f"{place}: {error}") from error
+
 
 class ParquetSource(Source):
     """Parquet shards with columns `clean`, `key` and, where paired, `degraded`, as `mcir data pack` writes them, or
     others."""
 
     format: Literal["parquet"] = "parquet"
-    path: str
+    path: PathText
     """A folder of *.parquet files, one file, or a glob."""
     columns: Columns = Columns()
 
@@ -126,8 +135,8 @@ class FolderSource(Source):
     """Image folders. Pairs have the same path below both folders up to the file name's suffix, or fit a pattern."""
 
     format: Literal["folders"]
-    clean: str
-    degraded: str | None = None
+    clean: PathText
+    degraded: PathText | None = None
     pattern: str = "{key}"
     """Names of degraded images, where they differ from the clean ones: `{key}x4.png`; with `*`, such as `{key}_*`, many
     belong to one clean image."""
@@ -164,7 +173,7 @@ class TarSource(Source):
     are no images (KEY.json) are left alone."""
 
     format: Literal["tars"]
-    path: str
+    path: PathText
     """A folder of *.tar files, one file, or a glob."""
 
     def open(self, extra: Sequence[str] = ()) -> Units:

@@ -110,7 +110,7 @@ class SampleStream:
     def __init__(self, data: DataConfig, scale: int, seed: int, num_lanes: int, columns: Sequence[str] = ()) -> None:
         """UserError where a source cannot be opened or holds nothing."""
         self.data, self.scale, self.seed, self.num_lanes, self.columns = data, scale, seed, num_lanes, columns
-        self.units = [train.source.open(columns) for train in data.train]
+        self.units = [train.source.open_at(f"data.train.{i}.source", columns) for i, train in enumerate(data.train)]
         num_rows = [sum(units.lengths) for units in self.units]
         weights = [t.repeat * rows if t.repeat else t.weight for t, rows in zip(data.train, num_rows, strict=True)]
         try:

@@ -111,8 +111,9 @@ def evaluate(
 def try_first(sets: Mapping[str, ValidationSet], scale: int) -> None:
     """Open the sets and decode the first pair of each. UserError where that fails: better now than after hours."""
     for name, data in sets.items():
+        units = data.source.open_at(f"validation.sets.{name}.source")
         try:
-            row = next(iter(data.source.open()), None)
+            row = next(iter(units), None)
             if row is None:
                 raise UserError("no images to measure on")
             _pair(row, data, scale)

@@ -23,7 +23,7 @@ from mcir import __version__
 from mcir.errors import UserError
 from mcir.evaluation.divergence import save_divergence
 from mcir.evaluation.evaluate import Picture, Restore, Scores, baseline, evaluate
-from mcir.evaluation.pictures import side_by_side, to_image
+from mcir.evaluation.pictures import one_below_another, side_by_side, to_image
 from mcir.evaluation.report import (
     COMPARISON_NOTE,
     Report,
@@ -122,7 +122,7 @@ def measure(
     hidden = not accelerator.is_main_process or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         for name, test in sets.items():
-            shown: list[list[Picture]] = []
+            shown: dict[str, list[Picture]] = {}
             for label, restorer in restorers.items():
                 restore = _restore(restorer, test, options, scale, accelerator)
                 other = networks[0] if outputs.divergence_dir and restorer is networks[1] else None
@@ -136,7 +136,7 @@ def measure(
                 )
                 num_rows = NUM_ROWS if outputs.images_dir else 0
                 scores[name][label], pictures = evaluate(restore, test.data, scale, accelerator, num_rows, visit)
-                shown.append(pictures)
+                shown[label] = pictures
             if outputs.images_dir and accelerator.is_main_process:
                 write_whole(outputs.images_dir / f"{name}.png", rows_png(shown))
     about = _about(networks, sets, options, baseline_name, accelerator)
@@ -201,15 +201,14 @@ def inside(folder: Path, key: str) -> Path:
     return path
 
 
-def rows_png(shown: Sequence[Sequence[Picture]]) -> bytes:
-    """PNG of a row for each image: degraded | restored by each network in turn | clean, central parts of one size."""
+def rows_png(shown: Mapping[str, Sequence[Picture]]) -> bytes:
+    """PNG of a row for each image: degraded | restored by each network in turn | clean, and where they differ most."""
     rows: list[Tensor] = []
-    for same in zip(*shown, strict=True):
-        rows.append(side_by_side([same[0].degraded, *(picture.restored for picture in same), same[0].clean]))
-    width = max(row.shape[2] for row in rows)
-    white = (row.new_ones(3, row.shape[1], width - row.shape[2]) for row in rows)
-    padded = [torch.cat([row, rest], dim=2) for row, rest in zip(rows, white, strict=True)]
-    return png(to_image(torch.cat(padded, dim=1)))
+    for same in zip(*shown.values(), strict=True):
+        restored = {label: picture.restored for label, picture in zip(shown, same, strict=True)}
+        compared = [*restored.values()] if len(restored) > 1 else [same[0].restored, same[0].clean]
+        rows.append(side_by_side({"degraded": same[0].degraded, **restored, "clean": same[0].clean}, compared))
+    return png(to_image(one_below_another(rows)))
 
 
 def _about(

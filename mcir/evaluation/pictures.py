@@ -4,8 +4,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,14 +15,50 @@ from mcir.evaluation.config import MEAN
 from mcir.evaluation.evaluate import Picture, Scores, mean_of_sets
 
 PICTURE_SIDE = 384
+LABEL = 18
+"""Height of the line that says what a picture is."""
 
 
-def side_by_side(images: Sequence[Tensor]) -> Tensor:
-    """(3, H, W) images of several sizes, the central part of each, in one row of the last one's size."""
-    height, width = images[-1].shape[-2:]
-    shown = [F.interpolate(image[None], (height, width), mode="nearest")[0] for image in images]
+def side_by_side(images: Mapping[str, Tensor], compared: Sequence[Tensor]) -> Tensor:
+    """(3, H, W) images of several sizes in one row of the last one's size: labels, the central parts, and below them,
+    enlarged, the window in which the `compared` ones (of the last one's size) differ most."""
+    last = list(images.values())[-1]
+    height, width = last.shape[-2:]
+    shown = [F.interpolate(image[None].cpu(), (height, width), mode="nearest")[0] for image in images.values()]
     top, left = max(0, (height - PICTURE_SIDE) // 2), max(0, (width - PICTURE_SIDE) // 2)
-    return torch.cat([image[:, top : top + PICTURE_SIDE, left : left + PICTURE_SIDE] for image in shown], dim=2)
+    centres = [image[:, top : top + PICTURE_SIDE, left : left + PICTURE_SIDE] for image in shown]
+    panel = centres[0].shape[2]
+    y, x, side = detail_window(compared)
+    times = max(1, panel // side)
+    columns = []
+    for label, image, centre in zip(images, shown, centres, strict=True):
+        detail = image[:, y : y + side, x : x + side].repeat_interleave(times, 1).repeat_interleave(times, 2)
+        detail = F.pad(detail[:, :, :panel], (0, max(0, panel - detail.shape[2])), value=1)
+        columns.append(torch.cat([_label(label, panel), centre, detail.new_ones(3, 4, panel), detail], dim=1))
+    return torch.cat(columns, dim=2)
+
+
+def one_below_another(rows: Sequence[Tensor]) -> Tensor:
+    """(3, H, W) pictures in one, white where one is narrower."""
+    width = max(row.shape[2] for row in rows)
+    return torch.cat([F.pad(row, (0, width - row.shape[2]), value=1) for row in rows], dim=1)
+
+
+def detail_window(images: Sequence[Tensor]) -> tuple[int, int, int]:
+    """(top, left, side) of the square in which (3, H, W) images of one size differ most from each other."""
+    stacked = torch.stack([image.float().cpu() for image in images]).clamp(0, 1)
+    height, width = stacked.shape[-2:]
+    side = min(height, width, max(24, min(height, width, PICTURE_SIDE) // 6))
+    spread, stride = (stacked.amax(0) - stacked.amin(0)).mean(0), max(1, side // 4)
+    mean = F.avg_pool2d(spread[None, None], side, stride)[0, 0]
+    index = int(mean.argmax())
+    return index // mean.shape[1] * stride, index % mean.shape[1] * stride, side
+
+
+def _label(text: str, width: int) -> Tensor:
+    image = Image.new("L", (width, LABEL), 255)
+    ImageDraw.Draw(image).text((2, 1), text, fill=0, font=ImageFont.load_default(13))
+    return (torch.from_numpy(np.array(image)).float() / 255).expand(3, -1, -1)
 
 
 def to_image(rgb: Tensor) -> Image.Image:
@@ -33,10 +70,10 @@ def comparison_png(path: Path, pictures: Sequence[Picture], references: Sequence
     """Rows of degraded | bicubic (or nothing, where the degraded image is the baseline) | restored | clean."""
     rows = []
     for picture, reference in zip(pictures, references, strict=True):
-        upscaled = [reference.restored] if picture.degraded.shape != picture.clean.shape else []
-        rows.append(side_by_side([picture.degraded, *upscaled, picture.restored, picture.clean]))
-    width = min(row.shape[2] for row in rows)
-    image = to_image(torch.cat([row[:, :, :width] for row in rows], dim=1))
+        upscaled = {"bicubic": reference.restored} if picture.degraded.shape != picture.clean.shape else {}
+        shown = {"degraded": picture.degraded, **upscaled, "restored": picture.restored, "clean": picture.clean}
+        rows.append(side_by_side(shown, [reference.restored, picture.restored]))
+    image = to_image(one_below_another(rows))
     temporary = path.with_name(f".{path.name}.partial")
     image.save(temporary, format="PNG")
     os.replace(temporary, path)

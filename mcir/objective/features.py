@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, field_validator
 from torch import Tensor, nn
 
 from mcir.errors import UserError
-from mcir.section import Section
+from mcir.section import PathText, Section
 
 CONVS_PER_STAGE = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # Simonyan & Zisserman 2015, columns D and E
 RESNET_STAGES = {"resnet152": 4}
@@ -49,7 +49,7 @@ class FeaturesConfig(Section):
     weight. The default is the released SPN configuration."""
     normalise: Literal["imagenet", "none", "minus_one_to_one"] = "imagenet"
     """What images in [0, 1] become before they enter: ImageNet's mean and deviation, as they are, or 2 v - 1."""
-    weights: str = "imagenet"
+    weights: PathText = "imagenet"
     """`imagenet` (torchvision's download and cache), a file with torchvision's keys (.pth or .safetensors, may stop
     early), or `random` (seeded initialisation: for work without a network, not for published numbers)."""
 

@@ -57,6 +57,7 @@ def build_accelerator(
         raise UserError(
             f"a micro-batch of {batch_size} cannot be shared equally by {world_size} processes: change batch_size"
         )
+    _check_launcher(world_size)
     rehearsal = _check_devices(world_size)
     zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -72,10 +73,6 @@ def build_accelerator(
         torch.set_float32_matmul_precision("high" if chosen == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = chosen == "tf32"
     fsdp_plugin = FullyShardedDataParallelPlugin() if fsdp else None
-    if fsdp_plugin is not None and fsdp_plugin.fsdp_version != 2:
-        raise UserError(
-            "the launch file asks for FSDP1; set fsdp_config.fsdp_version to 2 (launch/accelerate/fsdp2.yaml)"
-        )
     parallelism = _parallelism(world_size)
     accelerator = Accelerator(
         cpu=rehearsal and not zero,
@@ -143,6 +140,22 @@ def strategy(accelerator: Accelerator) -> str:
     if accelerator.distributed_type == DistributedType.FSDP:
         return "hsdp" if accelerator.parallelism_config else "fsdp2"
     return "single" if accelerator.distributed_type == DistributedType.NO else "ddp"
+
+
+def _check_launcher(world_size: int) -> None:
+    """Refuses what Accelerate would turn into another strategy, or into one process, without a word."""
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError(
+            "the launch file asks for FSDP1; set fsdp_config.fsdp_version to 2 (launch/accelerate/fsdp2.yaml)"
+        )
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    mpi = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+    if world_size == 1 and launched and not any(name in os.environ for name in ("WORLD_SIZE", *mpi)):
+        raise UserError(
+            "the launch file asks for several processes, but with its distributed_type (MULTI_CPU or NO) Accelerate "
+            "starts one: use a file of launch/accelerate/ (*_cpu.yaml on a CPU), or unset a MASTER_ADDR of your own"
+        )
 
 
 def _check_devices(world_size: int) -> bool:

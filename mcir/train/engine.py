@@ -260,6 +260,8 @@ class Engine:
         """Open the run directory: from now on a run is there. Collective."""
         self.record = runs.begin(self.config, self.accelerator, start)
         self.run_dir = start.run_dir
+        if self.state.best is None:
+            self.record.update(best=None)
         folder, keep_last = self.run_dir / "checkpoints", self.config.checkpoint.keep_last
         self.checkpointer = Checkpointer(self.accelerator, folder, keep_last, self.record.require_owned)
 

@@ -2,26 +2,33 @@
 wrote it."""
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mcir.config import RunConfig, dump
 from mcir.data.loader import Loader
 from mcir.errors import UserError
+from mcir.evaluation.config import MEAN, ValidationConfig
 from mcir.objective.negatives import Negatives
 from mcir.objective.objective import Objective
 from mcir.parallel.accelerator import strategy
 from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import full_moments, full_params, load_full_moments, load_full_params
+from mcir.section import parse_yaml
 from mcir.train.checkpoint import Checkpoint, Checkpointer, to_cpu
 from mcir.train.ema import EMA
 from mcir.train.watch import Watch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -126,7 +133,10 @@ class State:
         self.skipped_in_a_row.fill_(state.get("skipped_in_a_row", 0))
         if self.loss_scale and state.get("loss_scale"):
             self.loss_scale.load(state["loss_scale"])
-        self.best = tuple(state["best"]) if state["best"] else None
+        same = state["best"] and decides_best(_validation_of(checkpoint)) == decides_best(self.config.validation)
+        if state["best"] and not same and self.accelerator.is_main_process:
+            log.warning("validation.best was of another metric, set or kind of weights: the best starts anew")
+        self.best = tuple(state["best"]) if same else None
 
     def _followed(self) -> dict[str, Tensor]:
         """What else changes as the run goes, all on every rank: to be overwritten in place."""
@@ -137,6 +147,23 @@ class State:
         """Rows left out by all ranks. Collective."""
         own = torch.tensor([self.loader.num_skipped], device=self.accelerator.device)
         return int(self.accelerator.gather(own).sum())
+
+
+def decides_best(validation: ValidationConfig | None) -> Any:
+    """All that a value of the deciding metric is compared by: values of another one are no better or worse."""
+    if validation is None:
+        return None
+    metric = validation.best or f"{next(iter(validation.sets))}/psnr"
+    where = metric.rsplit("/", 1)[0]
+    return metric, validation.weights, validation.sets if where == MEAN else validation.sets.get(where)
+
+
+def _validation_of(checkpoint: Checkpoint) -> ValidationConfig | None:
+    """The section of the run that saved it; None also where this version no longer reads it."""
+    with suppress(OSError, UserError, ValidationError, LookupError, TypeError):
+        section = parse_yaml((checkpoint.path / "config.yaml").read_text(), "config.yaml")["validation"]
+        return ValidationConfig.model_validate(section) if section else None
+    return None
 
 
 def _collect(whole: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:

@@ -9,7 +9,17 @@ from types import TracebackType
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 from torch import Tensor
 
 from mcir.evaluation.evaluate import Picture
@@ -30,17 +40,12 @@ class Tracker:
             tracker.start()
             accelerator.trackers = [tracker]
         self.progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            *columns(),
+            expand=True,
             console=self.console,
             disable=not accelerator.is_main_process or not self.console.is_terminal,
         )
-        self._task = self.progress.add_task("train", total=num_steps, completed=first_step - 1, status="")
+        self._task = self.progress.add_task("train", total=num_steps, completed=first_step - 1, rate="", status="")
         self.num_steps = num_steps
 
     def __enter__(self) -> "Tracker":
@@ -60,9 +65,10 @@ class Tracker:
 
     def status(self, step: int, losses: Mapping[str, float], images_per_s: float, data_wait: float) -> None:
         """The line beside the progress bar; a line of its own where there is no terminal."""
-        parts = [f"{name} {value:.4g}" for name, value in losses.items()]
-        text = "  ".join([*parts, f"{images_per_s:.1f} images/s", f"data wait {data_wait:.0%}"])
-        self.progress.update(self._task, status=text)
+        rate = f"{images_per_s:.1f} images/s"
+        shown, wait = [f"{name} {value:.4g}" for name, value in losses.items()], f"data wait {data_wait:.0%}"
+        self.progress.update(self._task, rate=rate, status="  ".join([*shown, wait]))
+        text = "  ".join([*shown, rate, wait])
         if self.accelerator.is_main_process and not self.console.is_terminal:
             print(f"step {step}/{self.num_steps}  {text}", flush=True)
 
@@ -73,11 +79,36 @@ class Tracker:
     def pictures(self, step: int, name: str, pictures: Sequence[Picture], negatives: Sequence[Tensor]) -> None:
         """Rows of degraded | negative (where there is one) | restored | clean | difference (x 4), in TensorBoard."""
         for i, picture in enumerate(pictures):
-            past = [negatives[i]] if i < len(negatives) else []
+            past = {"negative": negatives[i]} if i < len(negatives) else {}
             difference = (4 * (picture.restored - picture.clean).abs()).clamp(max=1)
-            row = side_by_side([picture.degraded, *past, picture.restored, picture.clean, difference])
+            shown = {"degraded": picture.degraded, **past, "restored": picture.restored, "clean": picture.clean}
+            row = side_by_side(shown | {"difference x 4": difference}, [picture.restored, picture.clean])
             for tracker in self.accelerator.trackers:
                 tracker.log_images({f"{name}/{picture.key}": row[None]}, step=step, dataformats="NCHW")
+
+
+def columns() -> list[ProgressColumn]:
+    """Of the progress bar: where the terminal is narrow, what is last is cut; step, rate and time left never are."""
+    whole: list[ProgressColumn] = [
+        TextColumn("step", table_column=Column(no_wrap=True)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True)),
+        TextColumn("left", table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+    ]
+    return [*whole, BarColumn(10), _Cut("{task.fields[status]}")]
+
+
+class _Cut(TextColumn):
+    """Text that takes what room is left, on one line."""
+
+    def get_table_column(self) -> Column:
+        return Column(ratio=1, no_wrap=False, overflow="ellipsis")
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class Meter:

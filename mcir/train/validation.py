@@ -48,7 +48,7 @@ class Validation:
             mean = scores.mean()
             state.measured |= {f"{name}/{metric} ({kind})": round(value, 4) for metric, value in mean.items()}
             tracker.scalars(state.step, {f"validation/{name}/{metric}": value for metric, value in mean.items()})
-            tracker.pictures(state.step, name, pictures, self._negative_pictures(pictures, state))
+            tracker.pictures(state.step, name, pictures, self._negative_pictures(config, pictures, state))
             tracker.message(f"step {state.step}: {name} PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}")
         means = mean_of_sets({name: scores.mean() for name, (scores, _) in results.items()})
         if len(results) > 1:
@@ -88,12 +88,12 @@ class Validation:
             for name, tensor in source:
                 own[name].copy_(tensor)
 
-    def _negative_pictures(self, pictures: Sequence[Picture], state: State) -> list[Tensor]:
+    def _negative_pictures(self, config: ValidationConfig, pictures: Sequence[Picture], state: State) -> list[Tensor]:
         if not len(state.negatives.nets) or not state.accelerator.is_main_process:
             return []
         net, device = state.negatives.nets[0], state.accelerator.device
-        descriptor = state.config.arch.descriptor
-        shown = (infer(net, descriptor, picture.degraded[None].to(device))[0] for picture in pictures)
+        descriptor, tile = state.config.arch.descriptor, config.tile
+        shown = (infer(net, descriptor, picture.degraded[None].to(device), tile=tile)[0] for picture in pictures)
         return [image.float().clamp(0, 1).cpu() for image in shown]
 
     def _report(

@@ -10,10 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from mcir import __version__
 from mcir.archs import build
 from mcir.cli import main
 from mcir.data.resize import imresize
 from mcir.weights.files import save_weights
+from tests.distributed.launch import write_config
+from tests.runs import tiny_config
 
 ARCH = {"name": "edsr", "scale": 2, "num_features": 4, "num_blocks": 1}
 
@@ -142,3 +145,18 @@ def test_restore_writes_what_it_can_and_reports_the_rest(folder, monkeypatch, ca
     assert (np.asarray(Image.open(folder / "out" / "one.png")) != whole).any()  # the ensemble is another estimate
     assert run(monkeypatch, capsys, *command[:-1], folder / "o2", "--tile", "x")[0] == 1
     assert not (folder / "o2").exists()
+
+
+def test_the_version(monkeypatch, capsys):
+    assert run(monkeypatch, capsys, "--version")[:2] == (0, f"mcir {__version__}\n")
+
+
+def test_a_dry_run_plans_for_what_was_launched_and_prints_once(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path / "config.yaml", tiny_config(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    _, shown, _ = run(monkeypatch, capsys, "train", config, "--dry-run")
+    assert "fsdp2 x 4" in shown
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("RANK", "1")
+    assert run(monkeypatch, capsys, "train", config, "--dry-run")[:2] == (0, "")

@@ -9,6 +9,7 @@ from PIL import Image
 from mcir.errors import UserError
 from mcir.evaluation.evaluate import Picture
 from mcir.evaluation.measure import inside, rows_png
+from mcir.evaluation.pictures import LABEL
 
 
 @pytest.mark.parametrize("key", ["../outside", "a/../../outside", "/etc/outside"])
@@ -25,7 +26,10 @@ def test_rows_of_degraded_restored_by_each_and_clean():
         )
 
     first, second = [shown(0.2, 10), shown(0.2, 20)], [shown(0.4, 10), shown(0.4, 20)]
-    image = Image.open(io.BytesIO(rows_png([first, second])))
-    assert image.size == (4 * 20, 10 + 20)
-    assert [image.getpixel((20 * i + 10, 25))[0] for i in range(4)] == [0, 51, 102, 255]
-    assert [image.getpixel((10 * i + 5, 5))[0] for i in range(5)] == [0, 51, 102, 255, 255]  # padded with white
+    image = Image.open(io.BytesIO(rows_png({"a": first, "b": second})))
+    heights = [LABEL + 2 * side + 4 for side in (10, 20)]  # label, picture, line, detail
+    assert image.size == (4 * 20, sum(heights))
+    for y in (heights[0] + LABEL + 10, heights[0] + LABEL + 30):
+        assert [image.getpixel((20 * i + 10, y))[0] for i in range(4)] == [0, 51, 102, 255]
+    assert [image.getpixel((10 * i + 5, LABEL + 5))[0] for i in range(5)] == [0, 51, 102, 255, 255]  # white beside it
+    assert min(image.crop((0, heights[0], 20, heights[0] + LABEL)).convert("L").get_flattened_data()) < 100  # letters

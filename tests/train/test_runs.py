@@ -145,3 +145,24 @@ def test_two_new_starts_of_one_name_get_a_directory_each(tmp_path, monkeypatch):
     assert build(tmp_path).run_dir.name == "tiny"
     monkeypatch.setattr(runs.Path, "exists", lambda path: False)
     assert build(tmp_path).run_dir.name == "tiny-2"
+
+
+def test_a_best_of_another_metric_or_set_starts_anew(tmp_path):
+    held = {"degradation": {"name": "bicubic", "scale": 2}, "protocol": "sr"}
+    held["source"] = tiny_config(tmp_path)["data"]["train"][0]["source"]
+    sets = {"held": held, "other": held}
+
+    def best(steps, **validation):
+        engine = build(tmp_path, "auto", steps=steps, validation={"every": 1, "sets": sets} | validation)
+        taken_over = engine.state.best
+        engine.fit()
+        return taken_over, json.loads((engine.run_dir / FILE).read_text())["best"]
+
+    _, first = best(2)
+    assert best(3)[0][0] >= first["value"]  # goes on
+    taken_over, ssim = best(4, best="held/ssim")
+    assert taken_over is None
+    assert ssim["metric"] == "held/ssim"
+    assert ssim["value"] < 1
+    assert best(5, best="other/ssim")[0] is None
+    assert best(6, best="other/ssim", sets=sets | {"other": held | {"protocol": "rgb"}})[0] is None

@@ -1,11 +1,17 @@
+import io
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mcir.config import validate
+from mcir.evaluation.pictures import LABEL
 from mcir.train.engine import build_engine
+from mcir.train.tracking import columns
 from tests.runs import tiny_config, write_dataset
 
 
@@ -46,8 +52,25 @@ def test_picture_rows(run):
     tags = [tag for tag in seen.Tags()["images"] if tag.startswith("held/")]
     assert len(tags) == 2  # tracking.num_images
     image = seen.Images(tags[0])[-1]
-    assert (image.height, image.width) == (48, 5 * 48)  # degraded | negative | restored | clean | difference
-    assert Image.open(run.run_dir / "held.png").size == (4 * 48, 2 * 48)  # degraded | bicubic | restored | clean
+    height = LABEL + 48 + 4 + 48  # the label, the picture, a line, the detail
+    assert (image.height, image.width) == (height, 5 * 48)  # degraded | negative | restored | clean | difference
+    assert Image.open(run.run_dir / "held.png").size == (4 * 48, 2 * height)  # degraded | bicubic | restored | clean
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_the_bar_shows_step_rate_and_time_left_on_a_narrow_terminal(width):
+    console = Console(width=width, force_terminal=True, color_system=None, file=io.StringIO())
+    progress = Progress(*columns(), expand=True, console=console, get_time=iter(range(1000)).__next__)
+    status = "total 0.01234  reconstruction 0.01234  contrast 0.001234  data wait 3%"
+    task = progress.add_task("", total=500_000, completed=123_456, rate="1234.5 images/s", status=status)
+    for _ in range(3):
+        progress.advance(task)
+    console.print(progress.make_tasks_table(progress.tasks))
+    (line,) = console.file.getvalue().splitlines()
+    assert line.startswith("step 123459/500000 1234.5 images/s left ")
+    assert re.search(r"left \d+:\d\d:\d\d ", line)
+    assert "total" in line or width < 80
+    assert len(line) <= width
 
 
 def test_the_best_checkpoint_is_kept(run):
