@@ -6,7 +6,9 @@ grow.
 prints one line a network size: the update (two negatives due at once: one gather serves both) in shares of a training
 step, alone and at `update_every: 100`. Bytes are what one process receives to make the target whole."""
 
+import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +30,15 @@ def seconds(work, times: int) -> float:
     return statistics.median(durations)
 
 
+def line(where: str, result: dict[str, float]) -> str:
+    share = result["update_ms"] / result["step_ms"]
+    return (
+        f"{where}: {result['parameters']:>9,} parameters, step {result['step_ms']:7.1f} ms, update "
+        f"{result['update_ms']:6.1f} ms = {share:6.1%} of a step, {share / 100:.3%} at every 100, "
+        f"{result['received_mib']:6.1f} MiB received"
+    )
+
+
 def main() -> None:
     for num_features in (16, 64, 128):
         folder = Path(tempfile.mkdtemp())
@@ -45,12 +56,9 @@ def main() -> None:
         share = {"single": 0.0, "ddp": 0.0, "zero2": 2.0}.get(name, 1.0)
         received = share * whole * (accelerator.num_processes - 1) / accelerator.num_processes
         if accelerator.is_main_process:
-            print(
-                f"{name} x {accelerator.num_processes}: {whole // 4:>9,} parameters, step {step * 1e3:7.1f} ms, "
-                f"update {update * 1e3:6.1f} ms = {update / step:6.1%} of a step, "
-                f"{update / step / 100:.3%} at every 100, {received / 2**20:6.1f} MiB received",
-                flush=True,
-            )
+            result = {"parameters": whole // 4, "step_ms": 1e3 * step, "update_ms": 1e3 * update}
+            result["received_mib"] = received / 2**20
+            print(json.dumps(result) if "--json" in sys.argv else line(f"{name} x {accelerator.num_processes}", result))
     accelerator.end_training()
 
 

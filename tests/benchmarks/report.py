@@ -170,15 +170,22 @@ def model() -> str:
             rate = inside if num <= 8 else between
             once = num_bytes * (num - 1) / num / rate
             ddp, fsdp = compute + 2 * once, compute + 3 * once
-            efficiency = [f"{compute / (t + once / 100):.0%}" for t in (ddp, fsdp)]
+            # weights gathered twice and gradients scattered inside a node; a shard's gradients reduced between nodes
+            inner, nodes = num_bytes * 7 / 8 / inside, num // 8
+            hsdp = compute + 3 * inner + 2 * num_bytes / 8 * (nodes - 1) / nodes / between
+            efficiency = [f"{compute / (t + u / 100):.0%}" for t, u in ((ddp, 0), (fsdp, once), (hsdp, inner))]
             rows.append([f"{name}, {num} GPUs", f"{num_bytes / 4e6:.1f}", f"{1e3 * compute:.1f}"])
             rows[-1] += [f"{1e3 * 2 * once:.2f}", f"{1e3 * once:.2f}", *efficiency]
-    header = "a model,M parameters,compute ms,gradients ms (ddp),update ms,ddp efficiency,fsdp2 efficiency"
+    header = (
+        "a model,M parameters,compute ms,gradients ms (ddp),update ms,ddp efficiency,fsdp2 efficiency,hsdp efficiency"
+    )
     return table(header.split(","), rows) + (
         "\n\nA model on paper, not a measurement: FLOP of a step with 4 negatives, counted, at 30 % of an H100's 989 "
         "TFLOP/s in bf16; fp32 gradients all-reduced (ddp) or weights gathered twice and gradients scattered "
-        "(fsdp2) at 450 GB/s inside a node of 8 and 50 GB/s between nodes, nothing overlapped, negatives updated every "
-        "100 steps. It says where communication starts to matter, and that the update is never where."
+        "(fsdp2) at 450 GB/s inside a node of 8 and 50 GB/s between nodes; hsdp does the latter inside each node and "
+        "all-reduces a shard's gradients between nodes. Nothing overlapped, negatives updated every 100 steps. It says "
+        "where communication starts to matter, and that the update is never where: hsdp is worth its launch file as "
+        "soon as there are two nodes, and has fsdp2's memory of one node."
     )
 
 
@@ -197,8 +204,31 @@ def flops(config: Any) -> float:
         with FlopCounterMode(display=False) as counter:
             with torch.no_grad():
                 past = [net(degraded) for _ in range(config.objective.num_negatives)]
-            objective(net(degraded), clean, past)["total"].backward()
+            objective(net(degraded), clean, degraded, past)["total"].backward()
     return counter.get_total_flops()
+
+
+def updates() -> str:
+    """Measured on two CPU processes where it fits, and what one process receives for networks of any size."""
+    rows: dict[str, list[str]] = {}
+    for strategy in ("ddp", "fsdp2", "zero2", "zero3"):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+        command += [f"launch/accelerate/{strategy}_cpu.yaml", "tests/benchmarks/bench_negatives.py", "--json"]
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=env)
+        for line in done.stdout.splitlines():
+            if line.startswith("{"):
+                r = json.loads(line)
+                shown = f"{r['update_ms']:.0f} ms, {r['update_ms'] / r['step_ms']:.0%}, {r['received_mib']:.1f} MiB"
+                rows.setdefault(f"{r['parameters']:,}", []).append(shown)
+    for num in (17_111_907, 67_888_835, 270_437_763, 1_079_515_907):
+        mib = num * 4 / 2**20
+        rows[f"{num:,}"] = ["0.0 MiB", *(f"{share * mib / 2:.1f} MiB" for share in (1, 2, 1))]
+    header = ["parameters", "ddp x 2", "fsdp2 x 2", "zero2 x 2", "zero3 x 2"]
+    return table(header, [[name, *cells] for name, cells in rows.items()]) + (
+        "\n\nOne update of two negatives that are due together: time, share of a training step, bytes that a process "
+        "receives; larger networks are counted only. It happens every `update_every` steps (100 to 1000 as published)."
+    )
 
 
 def settings() -> str:
@@ -241,6 +271,7 @@ SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
     "contrast": ("Ways to compute the contrast", contrast),
     "settings": ("Settings tried (EDSR-light x4)", settings),
     "parameters": ("Number of parameters", parameters),
+    "updates": ("An update of the negatives, by strategy", updates),
     "processes": ("Workers and processes", processes),
     "model": ("8 to 512 GPUs", model),
     "data": ("Training data", data),
