@@ -24,5 +24,8 @@ class ComputeConfig(Section):
     """Compute the activations of the target's repeated blocks again in the backward pass instead of keeping them."""
     channels_last: bool | None = None
     """By default what pays on the network, on a GPU."""
+    cudnn_benchmark: bool = False
+    """Whether cuDNN times its algorithms on the first steps and takes the fastest (GPUs). Another start may choose
+    another one, so resuming is then no longer exact to the bit."""
     timeout_s: PositiveInt = 1800
     """A collective that a peer has not reached after so long ends the run."""

@@ -24,15 +24,17 @@ SMALLEST_TILE = 32  # where "auto" gives up
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """fp32 without TF32, whose 10 bits would move the numbers of published tables."""
+    """fp32 without TF32, whose 10 bits would move the numbers of published tables, and without trying cuDNN's
+    algorithms for every size of image."""
     matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    benchmark = torch.backends.cudnn.benchmark
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = conv
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = conv, benchmark
 
 
 @full_precision()

@@ -60,6 +60,7 @@ class Engine:
     def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.arch = config.arch
+        torch.backends.cudnn.benchmark = config.compute.cudnn_benchmark
         set_seed(config.seed)  # the same on all ranks: FSDP2 shards each rank's own copy of the initial weights
         net = self.arch.build()
         if config.init_from:

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -255,6 +256,21 @@ def printed(module: str, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip("\n")
 
 
+def gpu() -> str:
+    """What tests/gpu/run.sh found."""
+    if not ON_GPU:
+        return (
+            "No GPU was at hand for this page. `bash tests/gpu/run.sh FOLDER` checks and times a checkout on one in at "
+            "most eight minutes: the suite's essentials, every launch file with one process in bf16 and fp32 (40 "
+            "steps, stopped and resumed), then the three networks of the first table in bf16, bf16 with "
+            "`compute.cudnn_benchmark`, tf32 and fp32. FOLDER gets `results.json` and `report.md`, which is this "
+            "section. Without a GPU the same script runs with small sizes."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["bash", "tests/gpu/run.sh", folder], cwd=ROOT, check=False, stdout=sys.stderr)
+        return Path(folder, "report.md").read_text().partition("\n")[2].strip()
+
+
 def machine() -> str:
     names = [f"{name} {version(name)}" for name in ("torch", "accelerate", "deepspeed", "datasets")]
     cpu = [
@@ -275,6 +291,7 @@ SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
     "processes": ("Workers and processes", processes),
     "model": ("8 to 512 GPUs", model),
     "data": ("Training data", data),
+    "gpu": ("On a GPU", gpu),
 }
 
 

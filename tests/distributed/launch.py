@@ -33,7 +33,8 @@ def command(
 
 
 def environment() -> dict[str, str]:
-    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    """Rehearsals, also on a machine with a GPU: what `single` trains is compared with the `*_cpu` files."""
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
     return inherited | ours
 

@@ -13,7 +13,7 @@ from mcir.evaluation.evaluate import Scores, evaluate
 from mcir.restoration.inference import infer
 from mcir.train.engine import build_engine
 from mcir.train.scores import load, save
-from mcir.weights.files import build_from
+from mcir.weights.trained import open_trained
 from tests.runs import tiny_config, write_dataset
 
 
@@ -27,16 +27,20 @@ def test_each_validation_leaves_its_scores(tmp_path):
     assert list(found) == [4, 6]
 
     weights = engine.run_dir / "checkpoints" / "step-00000006" / "ema.safetensors"
-    net, arch, metadata = build_from(weights)
+    (trained,), accelerator = open_trained([str(weights)]), Accelerator()
+    net = trained.net_on(accelerator.device)
     assert config.validation is not None
     expected, _ = evaluate(
-        lambda degraded: infer(net, arch.descriptor, degraded), config.validation.sets["heldout"], 2, Accelerator()
+        lambda degraded: infer(net, trained.arch.descriptor, degraded),
+        config.validation.sets["heldout"],
+        2,
+        accelerator,
     )
     assert found[6]["heldout"] == expected
     with safe_open(weights, "pt") as handle:
         measured = json.loads(handle.metadata()["metrics"])
     assert measured["heldout/psnr (ema)"] == pytest.approx(found[6]["heldout"].mean()["psnr"], abs=1e-4)
-    assert metadata["step"] == "6"
+    assert trained.metadata["step"] == "6"
 
 
 def test_scores_read_back_equal(tmp_path):
