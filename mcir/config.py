@@ -116,7 +116,8 @@ def _contradictions(run: Any, unsure: Collection[str] = ()) -> list[str]:
             faults.append("validation.weights: ema, but ema_decay is not set")
         if MEAN in validation.sets:
             faults.append(f"validation.sets.{MEAN}: that name is for the mean of the sets; call it otherwise")
-        metrics = [f"{name}/{metric}" for name in (*validation.sets, MEAN) for metric in ("psnr", "ssim")]
+        labels = ("psnr", "ssim", *(metric.label for metric in validation.metrics))
+        metrics = [f"{name}/{metric}" for name in (*validation.sets, MEAN) for metric in labels]
         if validation.best is not None and validation.best not in metrics:
             faults.append(f"validation.best: no {validation.best}; there are {', '.join(metrics)}")
         if scale == 1 and any(data.protocol == "sr" for data in validation.sets.values()):

@@ -120,6 +120,10 @@ def evaluate(
     published: Annotated[
         bool, typer.Option("--published", help="Beside it what others measured, as a recipe given as --data says.")
     ] = False,
+    metrics: Annotated[
+        list[str],
+        typer.Option(metavar="NAME|YAML...", help="Beside PSNR and SSIM: ms_ssim, lpips, dists, '{name: import, …}'."),
+    ] = [],  # noqa: B006
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Results, checksums, configs, versions.")] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="A line for each image.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="PNG of the differences and intervals.")] = None,
@@ -134,9 +138,10 @@ def evaluate(
     ensemble: Ensemble = False,
     allow_import: AllowImport = False,
 ) -> None:
-    """Measure PSNR and SSIM as the papers do. Under `accelerate launch … -m mcir evaluate …` processes share the
-    images."""
+    """Measure PSNR and SSIM as the papers do, and further metrics. Under `accelerate launch` processes share
+    the images."""
     from mcir.evaluation.measure import Options, Outputs, measure
+    from mcir.evaluation.perceptual import parse
     from mcir.parallel.accelerator import build_accelerator
     from mcir.weights.trained import open_trained
 
@@ -151,6 +156,7 @@ def evaluate(
         protocol=protocol,
         baseline_name=baseline,
         published=published,
+        metrics=parse(metrics),
         options=options,
         outputs=outputs,
     )

@@ -24,7 +24,7 @@ class ManyValues(TyperCommand):
         option = None
         for argument in args:
             if argument.startswith("-"):
-                option = argument if argument in ("--weights", "--data", "--arch", "--arms") else None
+                option = argument if argument in ("--weights", "--data", "--arch", "--arms", "--metrics") else None
             elif option and spread[-1] != option:
                 spread.append(option)
             spread.append(argument)

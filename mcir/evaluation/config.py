@@ -2,11 +2,12 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from mcir.data.degrade import AnyDegradation
 from mcir.data.sources import AnySource
 from mcir.evaluation.metrics import PROTOCOLS
+from mcir.evaluation.perceptual import AnyMetric
 from mcir.section import Section
 
 MEAN = "mean"
@@ -31,10 +32,26 @@ class ValidationConfig(Section):
     every: PositiveInt
     """Optimizer steps between two validations; the last step always validates."""
     sets: dict[str, ValidationSet] = Field(min_length=1)
+    metrics: tuple[AnyMetric, ...] = ()
+    """Measured beside PSNR and SSIM: ms_ssim, lpips, dists, or `{name: import, target: module:function, direction:
+    lower}`."""
     tile: PositiveInt | Literal["auto"] | None = None
     """Side of the tiles, in degraded pixels, for images that do not fit; `auto` halves on out-of-memory."""
     weights: Literal["target", "ema"] | None = None
     """Which weights are measured; by default the EMA where there is one."""
     best: str | None = None
-    """`SET/psnr` or `SET/ssim` that decides which checkpoint is best, `mean/psnr` or `mean/ssim` that of the sets
-    together, each of the same weight; by default the first set's PSNR."""
+    """`SET/psnr`, `SET/ssim` or `SET/` and another metric that decides which checkpoint is best, `mean/psnr` … that of
+    the sets together, each of the same weight; by default the first set's PSNR."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _one_of_a_name(cls, metrics: tuple[AnyMetric, ...]) -> tuple[AnyMetric, ...]:
+        labels = ["psnr", "ssim", *(metric.label for metric in metrics)]
+        if twice := next((label for label in labels if labels.count(label) > 1), None):
+            raise ValueError(f"two metrics are called {twice}")
+        return metrics
+
+    @property
+    def lower_is_better(self) -> frozenset[str]:
+        """The metrics of which less is better."""
+        return frozenset(metric.label for metric in self.metrics if metric.better == "lower")

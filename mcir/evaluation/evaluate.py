@@ -7,7 +7,7 @@ the mean is summed in the order of the images: the same number for any number of
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,8 +23,10 @@ from mcir.data.resize import imresize
 from mcir.data.rows import Row
 from mcir.data.transforms import validation_pair
 from mcir.errors import UserError
-from mcir.evaluation.config import MEAN, ValidationSet
+from mcir.evaluation import perceptual
+from mcir.evaluation.config import MEAN, ValidationConfig, ValidationSet
 from mcir.evaluation.metrics import score
+from mcir.evaluation.perceptual import AnyMetric
 from mcir.restoration.inference import is_out_of_memory
 
 Restore = Callable[[Tensor], Tensor]
@@ -33,7 +35,7 @@ Restore = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Scores:
-    """Values of one set, one entry an image: `psnr` in dB, `ssim`."""
+    """Values of one set, one entry an image: `psnr` in dB, `ssim`, and of further metrics by their labels."""
 
     keys: list[str]
     values: dict[str, list[float]]
@@ -67,13 +69,16 @@ def evaluate(
     accelerator: Accelerator,
     num_pictures: int = 0,
     visit: Callable[[Picture], Mapping[str, float]] | None = None,
+    metrics: Sequence[AnyMetric] = (),
 ) -> tuple[Scores, list[Picture]]:
     """Scores of every image of a set, in its order, on all ranks, and the first `num_pictures` images. Collective.
 
-    `visit` sees each image on the rank that restored it; the values it returns join the image's scores.
+    `metrics` are measured beside those of the protocol. `visit` sees each image on the rank that restored it; the
+    values it returns join the image's scores.
     Raises UserError: no images, a pair of unequal sizes, an image that the protocol or the memory cannot take.
     """
     group = _patient_group() if accelerator.num_processes > 1 else None  # created while the ranks are together
+    measures = {metric.label: metric.build(accelerator.device) for metric in metrics}
     share: list[tuple[int, str, dict[str, float], Picture | None]] = []
     for index, row in enumerate(data.source.open()):
         if index % accelerator.num_processes != accelerator.process_index:
@@ -88,9 +93,10 @@ def evaluate(
             raise UserError(f"{row.where}: {size} pixels do not fit into memory; set tile to auto") from error
         try:
             scores = score(restored, clean, data.protocol, scale=scale)
+            values = {metric: float(value) for metric, value in scores.items()}
+            values |= perceptual.measure(measures, restored, clean)
         except ValueError as error:
             raise UserError(f"{row.where}: {error}") from error
-        values = {metric: float(value) for metric, value in scores.items()}
         shown = None
         if visit or index < num_pictures:
             shown = Picture(row.key, degraded[0].cpu(), restored[0].clamp(0, 1).cpu(), clean[0].cpu())
@@ -104,13 +110,16 @@ def evaluate(
     images = sorted((image for share in shares for image in share), key=lambda image: image[0])
     if not images:
         raise UserError(f"no images to measure on in {data.source}")
-    metrics = {metric: [image[2][metric] for image in images] for metric in images[0][2]}
-    return Scores([image[1] for image in images], metrics), [image[3] for image in images if image[3] is not None]
+    columns = {metric: [image[2][metric] for image in images] for metric in images[0][2]}
+    return Scores([image[1] for image in images], columns), [image[3] for image in images if image[3] is not None]
 
 
-def try_first(sets: Mapping[str, ValidationSet], scale: int) -> None:
-    """Open the sets and decode the first pair of each. UserError where that fails: better now than after hours."""
-    for name, data in sets.items():
+def try_first(config: ValidationConfig, scale: int, device: torch.device) -> None:
+    """Build the metrics, open the sets and decode the first pair of each. UserError where that fails: better now than
+    after hours."""
+    for metric in config.metrics:
+        metric.build(device)
+    for name, data in config.sets.items():
         units = data.source.open_at(f"validation.sets.{name}.source")
         try:
             row = next(iter(units), None)

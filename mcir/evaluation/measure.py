@@ -23,6 +23,7 @@ from mcir import __version__
 from mcir.errors import UserError
 from mcir.evaluation.divergence import save_divergence
 from mcir.evaluation.evaluate import Picture, Restore, Scores, baseline, evaluate
+from mcir.evaluation.perceptual import AnyMetric
 from mcir.evaluation.pictures import one_below_another, side_by_side, to_image
 from mcir.evaluation.report import (
     COMPARISON_NOTE,
@@ -77,6 +78,7 @@ def measure(
     protocol: str | None = None,
     baseline_name: str | None = None,
     published: bool = False,
+    metrics: Sequence[AnyMetric] = (),
     options: Options = Options(),
     outputs: Outputs = Outputs(),
     console: Console | None = None,
@@ -84,7 +86,7 @@ def measure(
     """Every network on every set (`open_sets` says what a place is), printed and written. Collective.
 
     `baseline_name`: `bicubic` (super-resolution) or `degraded` (the image as it came) as one more network; `published`:
-    beside what was measured, the results of others that the sets' config holds.
+    beside what was measured, the results of others that the sets' config holds; `metrics`: further ones.
     Raises UserError before the first image for whatever does not fit together.
     """
     console = console or Console()
@@ -106,6 +108,8 @@ def measure(
     known = {name: test.data.published for name, test in sets.items() if published and test.data.published}
     if published and not known:
         raise UserError("--published: no set holds published results; give the recipe as --data configs/…/….yaml")
+    for metric in metrics:
+        metric.build(accelerator.device)
     for network in networks:
         for test in sets.values():
             check_tiles(network.arch.descriptor, _tile(test, options), options.overlap)
@@ -135,12 +139,17 @@ def measure(
                     accelerator.device,
                 )
                 num_rows = NUM_ROWS if outputs.images_dir else 0
-                scores[name][label], pictures = evaluate(restore, test.data, scale, accelerator, num_rows, visit)
+                scores[name][label], pictures = evaluate(
+                    restore, test.data, scale, accelerator, num_rows, visit, metrics
+                )
                 shown[label] = pictures
             if outputs.images_dir and accelerator.is_main_process:
                 write_whole(outputs.images_dir / f"{name}.png", rows_png(shown))
     about = _about(networks, sets, options, baseline_name, accelerator)
-    report = Report(scores, baseline_name is not None, about, known)
+    about["metrics"] = [metric.model_dump(mode="json") for metric in metrics]
+    lower = frozenset(metric.label for metric in metrics if metric.better == "lower")
+    further = tuple(metric.label for metric in metrics)
+    report = Report(scores, baseline_name is not None, about, known, lower, further)
     if accelerator.is_main_process:
         _publish(report, outputs, console)
     return report

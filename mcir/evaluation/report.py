@@ -39,6 +39,19 @@ class Report:
     about: Mapping[str, Any]
     published: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     """Set -> whose -> PSNR in dB and SSIM, to be shown beside what was measured."""
+    lower_is_better: frozenset[str] = frozenset()
+    """The metrics of which less is better."""
+    further: tuple[str, ...] = ()
+    """The metrics beside PSNR and SSIM."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("psnr", "ssim", *self.further)
+
+    @property
+    def heads(self) -> list[str]:
+        """The metrics as columns are called."""
+        return ["PSNR, dB", "SSIM", *(f"{m.upper()} {'↓' if m in self.lower_is_better else '↑'}" for m in self.further)]
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -71,13 +84,13 @@ def difference(values: Sequence[float], reference: Sequence[float]) -> Differenc
 
 
 def results_table(report: Report) -> Table:
-    """Sets by networks, PSNR and SSIM, and what is published of the set."""
-    table = Table("set", "images", "weights", "PSNR, dB", "SSIM")
+    """Sets by networks, PSNR, SSIM and further metrics, and what is published of the set."""
+    table = Table("set", "images", "weights", *report.heads)
     for name, scores in report.scores.items():
         for i, (network, values) in enumerate(scores.items()):
             means = values.mean()
             head = (name, str(len(values.keys))) if i == 0 else ("", "")
-            table.add_row(*head, network, f"{means['psnr']:.2f}", f"{means['ssim']:.4f}")
+            table.add_row(*head, network, *(f"{means[m]:.{DIGITS.get(m, 4)}f}" for m in report.metrics))
         for whose, (psnr, ssim) in report.published.get(name, {}).items():
             table.add_row("", "", f"published: {whose}", f"{psnr:.2f}", f"{ssim:.4f}")
         table.add_section()
@@ -86,16 +99,17 @@ def results_table(report: Report) -> Table:
 
 def comparison_table(report: Report) -> Table:
     """Paired differences with half the length of their intervals; a star where the interval leaves out zero."""
-    table = Table("set", "weights", "against", "PSNR, dB", "SSIM")
+    table = Table("set", "weights", "against", *report.heads)
     for name, scores in report.scores.items():
         for i, (network, reference) in enumerate(report.pairs):
             cells = []
-            for metric in ("psnr", "ssim"):
+            for metric in report.metrics:
+                digits = DIGITS.get(metric, 4)
                 found = difference(scores[network].values[metric], scores[reference].values[metric])
-                text = f"{found.mean:+.{DIGITS[metric]}f}"
+                text = f"{found.mean:+.{digits}f}"
                 if math.isfinite(found.low):
                     star = " *" if found.low > 0 or found.high < 0 else ""
-                    text += f" ± {found.high - found.mean:.{DIGITS[metric]}f}{star}"
+                    text += f" ± {found.high - found.mean:.{digits}f}{star}"
                 cells.append(text)
             table.add_row(name if i == 0 else "", network, reference, *cells)
         table.add_section()
@@ -139,7 +153,7 @@ def to_json(report: Report) -> str:
         | vars(difference(scores[network].values[metric], scores[reference].values[metric]))
         for name, scores in report.scores.items()
         for network, reference in report.pairs
-        for metric in ("psnr", "ssim")
+        for metric in report.metrics
     ]
     content = {**report.about, "results": results, "differences": differences}
     return json.dumps(jsonable(content), indent=1, allow_nan=False) + "\n"

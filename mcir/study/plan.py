@@ -82,6 +82,12 @@ class Plan:
     def first(self) -> str:
         return next(iter(self.arms))
 
+    @property
+    def lower_is_better(self) -> frozenset[str]:
+        """The metrics of which less is better."""
+        validation = self.arms[self.first].validation
+        return validation.lower_is_better if validation else frozenset()
+
     def changes(self, arm: str) -> dict[str, Any]:
         """Path -> value of what this arm has otherwise than the first one."""
         first = self.arms[self.first].model_dump(mode="json")

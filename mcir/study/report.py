@@ -79,7 +79,8 @@ def to_markdown(results: Results) -> str:
         + (" in equal training time." if plan.equal == "time" else "."),
     ]
     for metric in dict.fromkeys(line.metric for line in results.lines):
-        parts.append(_table([line for line in results.lines if line.metric == metric]))
+        arrow = " ↓" if metric in plan.lower_is_better else ""
+        parts.append(_table([line for line in results.lines if line.metric == metric], arrow))
     parts += [_cost_table(results), "\n".join(f"- {sentence}" for sentence in sentences(results)), _notes(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -91,7 +92,8 @@ def sentences(results: Results) -> list[str]:
         found = line.comparison
         if found is None or not found.is_shown:
             continue
-        direction = "better" if found.mean > 0 else "worse"
+        lower = line.metric in results.plan.lower_is_better
+        direction = "better" if (found.mean < 0) == lower else "worse"
         told.append(
             f"{line.data}, {line.metric.upper()}: `{line.arm}` is {direction} than `{results.plan.first}` by "
             f"{abs(found.mean):.{_digits(line)}f}{UNITS.get(line.metric, '')} {_interval(found.low, found.high, line)}."
@@ -108,8 +110,8 @@ def sentences(results: Results) -> list[str]:
     return told
 
 
-def _table(lines: Sequence[Line]) -> str:
-    name = f"{lines[0].metric.upper()}{', dB' if lines[0].metric in UNITS else ''}"
+def _table(lines: Sequence[Line], arrow: str) -> str:
+    name = f"{lines[0].metric.upper()}{', dB' if lines[0].metric in UNITS else arrow}"
     head = ["set", "arm", "seeds", name, f"difference [{CONFIDENCE:.0%}]", "p (t)", "p (signs)", "seeds and images"]
     head += [f"seeds for {EFFECT_DB} dB"] if lines[0].metric in UNITS else []
     rows = []

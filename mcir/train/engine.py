@@ -112,7 +112,7 @@ class Engine:
             device=accelerator.device,
         )
         if config.validation:
-            try_first(config.validation.sets, self.arch.descriptor.scale)
+            try_first(config.validation, self.arch.descriptor.scale, self.accelerator.device)
         self.state = State(
             accelerator, config, self.model, self.optimizer, self.negatives, self.objective, self.ema, self.loader
         )

@@ -42,14 +42,20 @@ class Validation:
         results: dict[str, tuple[Scores, list[Picture]]] = {}
         for name, data in config.sets.items():
             scores, pictures = evaluate(
-                lambda degraded: self.restore(degraded, state, record), data, scale, state.accelerator, num_pictures
+                lambda degraded: self.restore(degraded, state, record),
+                data,
+                scale,
+                state.accelerator,
+                num_pictures,
+                metrics=config.metrics,
             )
             results[name] = scores, pictures
             mean = scores.mean()
             state.measured |= {f"{name}/{metric} ({kind})": round(value, 4) for metric, value in mean.items()}
             tracker.scalars(state.step, {f"validation/{name}/{metric}": value for metric, value in mean.items()})
             tracker.pictures(state.step, name, pictures, self._negative_pictures(config, pictures, state))
-            tracker.message(f"step {state.step}: {name} PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}")
+            more = "".join(f", {metric.label} {mean[metric.label]:.4f}" for metric in config.metrics)
+            tracker.message(f"step {state.step}: {name} PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}{more}")
         means = mean_of_sets({name: scores.mean() for name, (scores, _) in results.items()})
         if len(results) > 1:
             tracker.scalars(state.step, {f"validation/{MEAN}/{metric}": means[MEAN][metric] for metric in means[MEAN]})
@@ -62,7 +68,8 @@ class Validation:
         state.objective.validated(means[where]["psnr"])
         if state.watch and (said := state.watch.validated(means[where]["psnr"])):
             tracker.message(f"step {state.step}: {said}")
-        if not math.isfinite(value) or (state.best is not None and value <= state.best[0]):
+        sign = -1 if metric in config.lower_is_better else 1
+        if not math.isfinite(value) or (state.best is not None and sign * value <= sign * state.best[0]):
             return False
         state.best = value, f"step-{state.step:08d}"
         record.update(

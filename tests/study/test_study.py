@@ -130,8 +130,8 @@ def test_stopped_and_killed_it_goes_on(folder):
     command = [sys.executable, "-m", "mcir", "study", str(folder / "base.yaml"), "steps=60", "validation.every=60"]
     command += ["checkpoint.every=60", "--arms", *arms(folder, "plain", "spn"), "--seeds", "1", "--output", str(output)]
     first = subprocess.Popen(command, start_new_session=True)
-    events = output / "runs" / "plain.seed0"
-    while not list(events.glob("events.*")):
+    run_dir = output / "runs" / "plain.seed0"
+    while not list(run_dir.rglob("events.out.*")):
         assert first.poll() is None
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
