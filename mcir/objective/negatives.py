@@ -132,9 +132,11 @@ class Negatives(nn.Module):
 
     @torch.no_grad()
     def checksum(self) -> Tensor:
-        """Sum of all weights' bit patterns, an int64 scalar on the device: equal on all ranks, or there is a bug."""
-        bits = [p.view(torch.int32).sum(dtype=torch.int64) for p in self.nets.parameters()]
-        return torch.stack(bits).sum() if bits else torch.zeros((), dtype=torch.int64)
+        """(T,) int64 on the device: the sum of each tensor's bytes, in the order of the nets' state_dict. Equal on all
+        ranks, or there is a bug."""
+        tensors = self.nets.state_dict().values()
+        sums = [t.contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64) for t in tensors]
+        return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
 
     def _attached(self) -> Accelerator:
         if self._accelerator is None:

@@ -41,6 +41,7 @@ from mcir.train.memory import micro_batches
 from mcir.train.optim import set_lr
 from mcir.train.record import Record
 from mcir.train.state import State
+from mcir.train.steady import UNEVEN, Pace, SteadyCollector
 from mcir.train.stop import StopRequest
 from mcir.train.tracking import Meter, Tracker, memory_gib
 from mcir.train.validation import Validation
@@ -120,6 +121,7 @@ class Engine:
         self.state.watch = Watch(config.watch, accelerator.device) if config.watch else None
         self.state.skipped_in_a_row = torch.zeros((), device=accelerator.device)
         self.most_skipped = torch.zeros((), device=accelerator.device)
+        self.pace = Pace(accelerator.device)
 
     def __str__(self) -> str:
         size = sum(p.numel() for p in self.validation.replica.parameters())
@@ -142,7 +144,7 @@ class Engine:
             place = (self.config.seed, self.state.step, i, self.accelerator.process_index)
             torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
             with self.accelerator.accumulate(self.model):
-                with autocast(self.accelerator):
+                with autocast(self.accelerator), self.pace:
                     restored = self.model(batch.degraded).float()  # (B, 3, s * H, s * W)
                     past = [*self.negatives(batch.degraded, place[:-1]), *batch.extra]
                     losses = self.objective(restored, batch.clean, batch.degraded, past, batch.source)
@@ -189,7 +191,8 @@ class Engine:
             return 0
         meter, batches = Meter(), iter(self.loader)
         tracker = Tracker(self.accelerator, self.run_dir, self.state.step + 1, config.steps)
-        with self.record, tracker, StopRequest(self.accelerator, config.compute.timeout_s) as stop:
+        stopping = StopRequest(self.accelerator, config.compute.timeout_s)
+        with self.record, tracker, SteadyCollector() as collector, stopping as stop:
             tracker.message(f"{self.run_dir}: {self}; curves: tensorboard --logdir {self.run_dir.parent}")
             exit_code = 0
             while self.state.step < config.steps and not exit_code:
@@ -201,6 +204,7 @@ class Engine:
                 waited = time.perf_counter() - waited
                 meter.add(self.step(micro_batches), phase.batch_size, waited)
                 tracker.advance()
+                collector.collect(self.state.step)
                 self.record.keep_fresh(self.state.step)
                 exit_code = stop.agreed()
                 last = self.state.step == config.steps
@@ -208,12 +212,12 @@ class Engine:
                 if last or exit_code or self.state.step % config.tracking.log_every == 0:
                     self._log(tracker, meter)
                 if config.validation and (last or self.state.step % config.validation.every == 0):
-                    best = self.validation.run(config.validation, self.state, tracker, self.record, last)
+                    with meter.pause():
+                        best = self.validation.run(config.validation, self.state, tracker, self.record, last)
                     save = save or (best and config.checkpoint.keep_best)
-                    meter.reset()
                 if save:
-                    path = self.state.save(self.checkpointer)
-                    meter.reset()
+                    with meter.pause():
+                        path = self.state.save(self.checkpointer)
                     if exit_code:
                         tracker.message(f"stopped at step {self.state.step}, saved {path}; go on with --resume auto")
             self.record.end(exit_code, self.state.step)
@@ -221,7 +225,14 @@ class Engine:
         return exit_code
 
     def _log(self, tracker: Tracker, meter: Meter) -> None:
-        values, speed, wait = meter.read(self.accelerator)
+        waited = meter.waited
+        values, speed = meter.read(self.accelerator)
+        uneven, slowest = self.pace.read(self.accelerator, waited)
+        if uneven > UNEVEN and self.accelerator.num_processes > 1:
+            tracker.message(
+                f"step {self.state.step}: rank {slowest} takes {uneven:.2f} times as long as the fastest for its data "
+                "and forward pass, and all wait for it: look at its host's disk, GPU clocks and other work"
+            )
         watched, said = self.state.watch.report(self.checkpointer.folder) if self.state.watch else ({}, None)
         if said:
             tracker.message(f"step {self.state.step}: {said}")
@@ -246,14 +257,14 @@ class Engine:
         scalars |= {f"negatives/age_{k}": float(age) for k, age in enumerate(self.negatives.age(self.state.step))}
         scalars |= {
             "optim/lr": self.config.optim.lr(self.state.step, self.config.steps),
-            "speed/images_per_s": speed,
-            "speed/data_wait": wait,
+            **{f"speed/{name}": value for name, value in speed.items()},
+            "speed/slowest_rank": uneven,
             "speed/memory_gib": memory_gib(self.accelerator.device),
             "data/skipped": float(self.state.num_skipped()),
         }
         tracker.scalars(self.state.step, scalars)
-        tracker.status(self.state.step, values, speed, wait)
-        self.record.update(step=self.state.step, images_per_s=speed)
+        tracker.status(self.state.step, values, speed["images_per_s"], speed["data_wait"])
+        self.record.update(step=self.state.step, images_per_s=speed["images_per_s"])
         if sources and self.state.step == self.config.steps and self.accelerator.is_main_process:
             tracker.console.print(sources_table(sources))
 

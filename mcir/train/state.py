@@ -58,9 +58,7 @@ class State:
     def save(self, checkpointer: Checkpointer) -> Path:
         """Write a checkpoint of this moment and prune older ones. Collective."""
         accelerator, files = self.accelerator, dict[str, dict[str, Tensor]]()
-        checksums = accelerator.gather(self.negatives.checksum().to(accelerator.device).reshape(1))
-        if len(checksums.unique()) > 1:
-            raise RuntimeError(f"the negatives differ between ranks at step {self.step}: {checksums.tolist()}")
+        self._require_equal_negatives()
         main = accelerator.is_main_process
         model = _collect(full_params(accelerator, self.model), main)
         ema = _collect(self.ema.full(), main) if self.ema else {}
@@ -98,6 +96,13 @@ class State:
         best = checkpointer.folder / self.best[1] if self.best and self.config.checkpoint.keep_best else None
         checkpointer.prune(best)
         return path
+
+    def _require_equal_negatives(self) -> None:
+        """Collective. RuntimeError, which is a bug of ours, names the tensors that ranks hold differently."""
+        sums = self.accelerator.gather(self.negatives.checksum().to(self.accelerator.device)[None])  # (ranks, tensors)
+        differ = (sums != sums[0]).any(0).tolist()
+        if names := [name for name, wrong in zip(self.negatives.nets.state_dict(), differ, strict=True) if wrong]:
+            raise RuntimeError(f"negatives differ between ranks at step {self.step}: {', '.join(names[:8])}")
 
     def load(self, checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
         """Continue from a checkpoint, which must hold tensors of these whole shapes. Collective."""

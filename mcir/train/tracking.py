@@ -2,7 +2,8 @@
 bar."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -119,22 +120,31 @@ class Meter:
 
     def reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.steps, self.num_images, self.waited, self.since = 0, 0, 0.0, time.perf_counter()
+        self.steps, self.num_images, self.waited, self.paused, self.since = 0, 0, 0.0, 0.0, time.perf_counter()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around what is no training (validating, saving): counted by itself."""
+        begun = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - begun
 
     def add(self, losses: Mapping[str, Tensor], num_images: int, waited: float) -> None:
         for name, value in losses.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.steps, self.num_images, self.waited = self.steps + 1, self.num_images + num_images, self.waited + waited
 
-    def read(self, accelerator: Accelerator) -> tuple[dict[str, float], float, float]:
-        """Mean losses over steps and ranks, images/s, share of the time spent waiting for data. Collective; waits for
-        the device."""
+    def read(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
+        """Mean losses over steps and ranks, and what the time went into: `images_per_s` and `data_wait` (a share) of
+        training, `maintenance`, the share of all time that was no training. Collective; waits for the device."""
         stacked = accelerator.reduce(torch.stack(list(self.sums.values())), "mean") / self.steps
         losses = dict(zip(self.sums, stacked.tolist(), strict=True))
         elapsed = time.perf_counter() - self.since
-        speed, wait = self.num_images / elapsed, self.waited / elapsed
+        training = elapsed - self.paused
+        speed = {"images_per_s": self.num_images / training, "data_wait": self.waited / training}
+        speed["maintenance"] = self.paused / elapsed
         self.reset()
-        return losses, speed, wait
+        return losses, speed
 
 
 def memory_gib(device: torch.device) -> float:

@@ -49,7 +49,7 @@ def main(output: str) -> None:
     record = {
         "error": max(errors),
         "keys": sorted(target),
-        "checksums": accelerator.gather(negatives.checksum().reshape(1)).tolist(),
+        "checksums": accelerator.gather(negatives.checksum().sum().reshape(1)).tolist(),
         "statistics": accelerator.gather(statistics[None]).tolist(),
         "own_statistics_differ": accelerator.gather(accelerator.unwrap_model(model).norm.running_mean[None]).tolist(),
         "frozen": torch.equal(negatives.nets[1].frozen.weight, target["frozen.weight"].float()) or is_zero(accelerator),

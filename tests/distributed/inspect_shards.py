@@ -26,7 +26,7 @@ def main(config: str, output: str) -> None:
         if step == 3 and accelerator.process_index == 1:  # a bad batch on one rank only
             batch = Batch(batch.degraded, batch.clean * float("nan"), batch.key)
         skipped.append(float(engine.step([batch])["skipped"]))
-        checksums.append(accelerator.gather(engine.negatives.checksum().reshape(1)).tolist())
+        checksums.append(accelerator.gather(engine.negatives.checksum().sum().reshape(1)).tolist())
     weights = dict(full_params(accelerator, engine.model))
     record = {
         "strategy": strategy(accelerator),

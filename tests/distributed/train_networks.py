@@ -34,7 +34,7 @@ def main(output: str, *configs: str) -> None:
             "strategy": strategy(accelerator),
             "parts": parts,
             "still": [k for k, v in exported.net.named_parameters() if v.requires_grad and before[k].equal(after[k])],
-            "checksums": accelerator.gather(engine.negatives.checksum().reshape(1)).tolist(),
+            "checksums": accelerator.gather(engine.negatives.checksum().sum().reshape(1)).tolist(),
             "accumulate": micro_batches(large, accelerator, scarce) if config.arch.name == "edsr" else None,
             "resumed": all(torch.equal(after[name], again[name]) for name in after),
             "exported": all(torch.equal(v, after[name].cpu()) for name, v in exported.net.state_dict().items()),
