@@ -22,7 +22,7 @@ from mcir.data.order import share
 from mcir.data.stages import Phase, Stage, phases, position_after
 from mcir.data.stream import DataConfig, Failure, Label, Sample, SampleStream
 from mcir.data.transforms import Pixels
-from mcir.data.workers import decoded
+from mcir.data.workers import decoded, workers_of_a_rank
 from mcir.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,8 @@ class Loader:
         if self.data.mixup:
             mixer = Mixer(self.data.mixup, self.seed, self.position_after(self.data.mixup.after))
             start = max(phase.position, start - phase.batch_size)  # what the first is mixed with
-        samples = decoded(stream, start, phase.crop_size, size, self.rank, self.world_size, self.data.num_workers)
+        num_workers = workers_of_a_rank(self.data.num_workers)
+        samples = decoded(stream, start, phase.crop_size, size, self.rank, self.world_size, num_workers)
         with closing(samples):  # an error keeps this frame, and must not keep the workers
             while phase.end is None or start < phase.end:
                 groups = range(start, start + phase.batch_size, stream.num_lanes)
@@ -205,9 +206,9 @@ class Loader:
 
 def _put(batch: Tensor, place: int, image: Pixels) -> Tensor:
     """The batch with the image in it: of bytes until one comes that is none."""
-    if batch.dtype == torch.uint8 != torch.from_numpy(image).dtype:
+    if batch.dtype == torch.uint8 and image.dtype != np.uint8:
         batch = to_float(batch).pin_memory()
-    batch[place].copy_(torch.from_numpy(image))  # one by one they stay in the cache
+    batch[place].numpy()[...] = image  # one by one they stay in the cache
     if batch.dtype != torch.uint8 and image.dtype == np.uint8:
         batch[place].div_(255)
     return batch

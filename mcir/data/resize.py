@@ -1,5 +1,8 @@
 """MATLAB's bicubic `imresize`, in torch: the degradation behind every published super-resolution table.
 
+For bytes made smaller by 2, 3 or 4 the kernel's weights are whole numbers over 256, 81 or 4096, so sums of them are
+exact in fp32, in whatever order and on whatever device they are taken: `shrink` is that case, of a whole batch too.
+
 Invariants: uint8 in gives MATLAB's uint8 out (each of the two passes is rounded half up and clipped, rows before
 columns), so low-resolution images made here equal the published files value for value. An output value depends on the
 image only, never on the window it is computed in: positions are integers over a common denominator, and the taps are
@@ -7,9 +10,11 @@ added one after the other in one order, so resizing a crop gives the same bits a
 """
 
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -46,15 +51,67 @@ def imresize_crop(image: Tensor, scale: float | Fraction, top: int, left: int, h
         raise ValueError(
             f"columns {left}..{left + width} are outside the {resized_side(num_columns, ratio)} columns resized to"
         )
-    rows, row_weights = _taps(num_rows, ratio, top, height)
-    columns, column_weights = _taps(num_columns, ratio, left, width)
     if height == 0 or width == 0:
         return image.new_empty((*image.shape[:-2], height, width))
+    if image.dtype == torch.uint8 and ratio.numerator == 1 and ratio.denominator in _WHOLE:
+        around = window(image, ratio.denominator, top, left, height, width)
+        flat = around.reshape(-1, *around.shape[-3:]) if image.dim() > 2 else around[None, None]
+        return shrink(flat, ratio.denominator).view(*image.shape[:-2], height, width)
+    rows, row_weights = _taps(num_rows, ratio, top, height)
+    columns, column_weights = _taps(num_columns, ratio, left, width)
     # Each pass is local to the other dimension, so everything outside the window and its margin can go first.
     first_row, first_column = int(rows.min()), int(columns.min())
     image = image[..., first_row : int(rows.max()) + 1, first_column : int(columns.max()) + 1]
     image = _resize_rows(image, rows - first_row, row_weights)
     return _resize_rows(image.mT, columns - first_column, column_weights).mT.contiguous()
+
+
+_WHOLE: dict[int, tuple[int, tuple[int, ...]]] = {
+    2: (256, (-3, -9, 29, 111, 111, 29, -9, -3)),
+    3: (81, (-1, -2, 0, 9, 21, 27, 21, 9, 0, -2, -1)),
+    4: (4096, (-7, -45, -75, -49, 93, 399, 745, 987, 987, 745, 399, 93, -49, -75, -45, -7)),
+}
+"""By how much smaller: what the weights are divided by, the weights."""
+
+
+def window(image: Tensor, factor: int, top: int, left: int, height: int, width: int) -> Tensor:
+    """What `shrink` makes this window of the small image from: `factor` times its size and 2 * factor more on each
+    side, as far as the kernel reaches, mirrored where that lies outside of `image` (..., H, W)."""
+    mirrored: list[tuple[int, Tensor]] = []
+    for dim, start, count in ((-2, top, height), (-1, left, width)):
+        first, last = (start - 2) * factor, (start + count + 2) * factor
+        side = image.shape[dim]
+        if first < 0 or last > side:
+            index = torch.arange(first, last) % (2 * side)
+            index = torch.where(index < side, index, 2 * side - 1 - index)
+            first, last = int(index.min()), int(index.max()) + 1
+            mirrored.append((dim, index - first))
+        image = image.narrow(dim, first, last - first)
+    for dim, index in mirrored:
+        image = image.index_select(dim, index.to(image.device))
+    return image
+
+
+def shrink(window: Tensor, factor: int) -> Tensor:
+    """uint8 (B, C, factor * (h + 4), factor * (w + 4)) to (B, C, h, w): rows, then columns, each rounded."""
+    whole, _ = _WHOLE[factor]
+    if window.device.type == "cpu" and whole & (whole - 1) == 0:
+        # torch's own kernel for bytes has weights of 16 bits, as these are, and rounds half up, too; borders apart
+        height, width = (side // factor for side in window.shape[-2:])
+        rows = F.interpolate(window, (height, width * factor), mode="bicubic", antialias=True)[..., 2:-2, :]
+        return F.interpolate(rows, (height - 4, width), mode="bicubic", antialias=True)[..., 2:-2].contiguous()
+    exact = _shrink_rows(window.to(torch.float32, memory_format=torch.contiguous_format), factor)
+    return _shrink_rows(exact.mT.contiguous(), factor).mT.to(torch.uint8, memory_format=torch.contiguous_format)
+
+
+def _shrink_rows(image: Tensor, factor: int) -> Tensor:
+    """Bytes as fp32, (..., factor * (h + 4), W) to (..., h, W)."""
+    whole, weights = _WHOLE[factor]
+    first, num = 2 * factor - (len(weights) - factor) // 2, image.shape[-2] - 4 * factor
+    total = torch.zeros_like(image[..., :num:factor, :])
+    for tap, weight in enumerate(weights, first):
+        total.add_(image[..., tap : tap + num : factor, :], alpha=weight)
+    return total.add_(whole / 2).div_(whole).floor_().clamp_(0, 255)
 
 
 def resized_side(side: int, scale: float | Fraction) -> int:
@@ -63,6 +120,7 @@ def resized_side(side: int, scale: float | Fraction) -> int:
     return -(-side * ratio.numerator // ratio.denominator)
 
 
+@lru_cache
 def _ratio(scale: float | Fraction) -> Fraction:
     """The fraction meant by a float such as 1 / 3 (MATLAB's own arithmetic on 1 / 3 lands on the same pixel grid)."""
     ratio = Fraction(scale).limit_denominator(1_000_000)

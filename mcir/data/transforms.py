@@ -46,7 +46,7 @@ def training_pair(
     reflect_small: bool = False,
 ) -> tuple[Pixels, ...]:
     """(degraded, clean, further columns'): the same random window of all, `crop_size` pixels square, degraded
-    crop_size / scale.
+    crop_size / scale; views with any strides, which are copied once, into their batch.
 
     Images are decoded as far down as the window reaches.
 
@@ -141,4 +141,4 @@ def _augment(augment: Augment, rng: np.random.Generator, *images: Tensor) -> tup
         vertical, horizontal = draw == 1, draw == 2
     rows, columns = slice(None, None, -1 if vertical else 1), slice(None, None, -1 if horizontal else 1)
     views = (image.numpy()[:, rows, columns] for image in images)
-    return tuple(np.ascontiguousarray(view.swapaxes(1, 2) if transpose else view) for view in views)
+    return tuple(view.swapaxes(1, 2) if transpose else view for view in views)

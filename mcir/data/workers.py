@@ -8,11 +8,14 @@ import atexit
 import ctypes
 import math
 import multiprocessing
+import os
 import signal
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +30,17 @@ _ROWS_AHEAD = 16
 """Of one row group at least that a worker decodes ahead where a rank has fewer places in a batch than workers, which
 then have their row groups one after the other."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
+
+
+def workers_of_a_rank(num_workers: int | Literal["auto"]) -> int:
+    """`data.num_workers` as a number. Cores are those that this process may use: by affinity and by quota."""
+    if num_workers != "auto":
+        return num_workers
+    cores = float(len(os.sched_getaffinity(0)))
+    with suppress(OSError, ValueError):  # "max 100000" where there is none
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, int(quota) / int(period))
+    return max(1, min(8, int(cores / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) - 1))
 
 
 def decoded(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mcir.data.resize import imresize, imresize_crop, resized_side
+from mcir.data.resize import _shrink_rows, imresize, imresize_crop, resized_side, shrink, window
 
 SCALES = [Fraction(1, 2), Fraction(1, 3), Fraction(1, 4), Fraction(2), Fraction(3), Fraction(4), Fraction(3, 7)]
 
@@ -122,3 +122,18 @@ def test_sizes_and_wrong_input():
         imresize(torch.zeros(8, 8), 0)
     with pytest.raises(ValueError, match="int64"):
         imresize(torch.zeros(8, 8, dtype=torch.int64), 2)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_a_batch_is_shrunken_to_the_same_bytes_on_every_path(factor):
+    """Whole numbers in fp32, as a GPU takes them, against float64 and against torch's kernel for bytes: noise, and
+    black and white, where most sums end in .5 or are clipped."""
+    rng = np.random.default_rng(factor)
+    for pixels in (rng.integers(0, 256, (2, 3, 60, 84)), 255 * rng.integers(0, 2, (2, 3, 60, 84))):
+        rows, columns = (torch.from_numpy(defined_matrix(side, 1 / factor)) for side in (60, 84))
+        expected = (rows @ torch.from_numpy(pixels).double() + 0.5 + 1e-9).floor().clamp(0, 255)
+        expected = (expected @ columns.T + 0.5 + 1e-9).floor().clamp(0, 255).byte()
+        around = window(torch.from_numpy(pixels.astype(np.uint8)), factor, 0, 0, 60 // factor, 84 // factor)
+        assert torch.equal(shrink(around, factor), expected)
+        exact = _shrink_rows(around.float(), factor)
+        assert torch.equal(_shrink_rows(exact.mT, factor).mT.byte(), expected)
