@@ -156,7 +156,7 @@ class LayoutSource(Source):
     format: Literal["layout"]
     layout: str
     """Its name, such as set5; a wrong one lists them all."""
-    path: str
+    path: PathText
     """The folder where it was unpacked."""
     split: str | None = None
     """Where it has several."""

@@ -1,6 +1,7 @@
 """What is read, counted in whole row groups (they are what is fetched from a disk or the Hub), without decoding."""
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 
@@ -27,7 +28,7 @@ def stream_of(*lengths: tuple[int, ...], batch_size: int, buffer: int = 1024) ->
         fetched[source] += lengths[source][unit]
         return (Row(f"{source}-{unit}-{row}", b"", None, "") for row in range(start, lengths[source][unit]))
 
-    def opened(source: ParquetSource) -> Units:
+    def opened(source: ParquetSource, extra: Sequence[str] = ()) -> Units:
         return Units(lengths[int(source.path)], partial(rows, int(source.path)))
 
     train = [{"source": {"format": "parquet", "path": str(i)}} for i in range(len(lengths))]

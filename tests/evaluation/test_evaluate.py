@@ -76,7 +76,7 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(tmp_path):
 
 
 def test_no_images_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(FolderSource, "open", lambda self: Units((), lambda unit, start: iter(())))
+    monkeypatch.setattr(FolderSource, "open", lambda self, extra=(): Units((), lambda unit, start: iter(())))
     with pytest.raises(UserError, match="no images"):
         evaluate(lambda image: image, write_pairs(tmp_path, [1]), 1, build_accelerator())
 
