@@ -21,6 +21,7 @@ from mcir.data.stream import DataConfig
 from mcir.errors import UserError
 from mcir.evaluation.config import MEAN, ValidationConfig
 from mcir.objective.objective import ObjectiveConfig
+from mcir.objective.pcl import PCLConfig
 from mcir.objective.ratio import RatioConfig
 from mcir.parallel.config import ComputeConfig
 from mcir.section import TAGS, PathText, Section, parse_yaml, to_yaml
@@ -131,6 +132,9 @@ def _contradictions(run: Any, unsure: Collection[str] = ()) -> list[str]:
             faults.append(f"objective.contrast.negatives.{k}.source: ema, but ema_decay is not set")
     if isinstance(contrast, RatioConfig) and contrast.curriculum and no_validation:
         faults.append("objective.contrast.curriculum: it goes by the validated PSNR, and there is no validation")
+    for place, crop_size in crops.items() if isinstance(contrast, PCLConfig) else ():
+        if crop_size % 2:
+            faults.append(f"{place}: {crop_size}, and pcl needs an even one, which it halves")
     if data and data.mixup and run.objective and run.objective.columns:
         faults.append("data.mixup: it mixes no further images, which objective.contrast.columns asks for")
     return faults

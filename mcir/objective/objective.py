@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mcir.objective.contrast import AgainstImages
 from mcir.objective.infonce import InfoNCEConfig
+from mcir.objective.pcl import PCL, PCLConfig
 from mcir.objective.ratio import Ratio, RatioConfig
 from mcir.objective.reconstruction import L1, Reconstruction, Terms
 from mcir.objective.sources import by_source
@@ -17,7 +18,7 @@ from mcir.objective.spn import SPNConfig
 from mcir.objective.weight import Weight
 from mcir.section import Section
 
-AnyContrast = Annotated[SPNConfig | RatioConfig | InfoNCEConfig, Field(discriminator="name")]
+AnyContrast = Annotated[SPNConfig | RatioConfig | InfoNCEConfig | PCLConfig, Field(discriminator="name")]
 
 
 class ObjectiveConfig(Section):
@@ -104,6 +105,8 @@ class Objective(nn.Module):
             state |= {f"weight.{name}": tensor for name, tensor in self.weight.state_dict().items()}
         if isinstance(self.contrast, Ratio):
             state["best_psnr"] = self.contrast.best_psnr
+        if isinstance(self.contrast, PCL):
+            state |= {f"pcl.{name}": tensor for name, tensor in self.contrast.state().items()}
         return state
 
     def validated(self, psnr: float) -> None:

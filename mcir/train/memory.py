@@ -113,7 +113,7 @@ def _activations(config: RunConfig, net: nn.Module, world_size: int) -> int:
     with torch.device("meta"):
         degraded = torch.empty(batch, 3, side, side)
         clean = torch.empty(batch, 3, largest.crop_size, largest.crop_size)
-        objective = Objective(_weightless(config)).to("meta")
+        objective = Objective(_weightless(config)).to("meta").eval()
         own |= {id(t) for t in [*objective.parameters(), *objective.buffers()]}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             objective(net.train()(degraded), clean, degraded, [clean] * num_images)

@@ -14,6 +14,7 @@ from mcir.objective.distance import soft_nearest, summed
 from mcir.objective.features import FeaturesConfig
 from mcir.objective.infonce import InfoNCEConfig
 from mcir.objective.objective import Objective, ObjectiveConfig
+from mcir.objective.pcl import PCLConfig, blurred, dual, haar, info_nce, sharpened
 from mcir.objective.ratio import RatioConfig
 
 CR_LAYERS = {"relu1_1": 1 / 32, "relu2_1": 1 / 16, "relu3_1": 1 / 8, "relu4_1": 1 / 4, "relu5_1": 1.0}
@@ -172,3 +173,75 @@ def test_an_anchor_attracts_and_a_negative_repels():
         moved = restored - 1e-3 * x.grad / x.grad.abs().max()
         assert distance(moved, past) > distance(restored, past), name
         assert distance(moved, anchor) < distance(restored, anchor), name
+
+
+def fill_embedding(embedding):
+    """The golden file's weights: its features.{2 i}.0 and .1 are unit i, classifier.1 the head."""
+    with torch.no_grad():
+        for name, p in embedding.named_parameters():
+            if name.startswith("head."):
+                official = name.replace("head", "classifier.1")
+            else:
+                _, unit, part = name.split(".", 2)
+                official = f"features.{2 * int(unit)}.{part}"
+            n = torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(official.encode())))
+            if p.dim() >= 2:
+                p.copy_(n * math.sqrt(2 / p[0].numel()))
+            else:
+                p.copy_(1 + 0.1 * n if name.endswith("weight") else 0.1 * n)
+
+
+def test_pcl_and_a_step_of_its_embedding(golden):
+    """The positives y, n.3, n.4, n.5, and low, n.0, n.1, n.2 as negatives."""
+    _, t = case(golden / "contrast_pcl.safetensors")
+    roles = ["negative"] * 3 + ["anchor"] * 3
+    config = PCLConfig(negatives=[{"role": role} for role in roles], degraded=True, weight=1.0)
+    objective = Objective(ObjectiveConfig(contrast=config)).double()
+    fill_embedding(objective.contrast.embedding)
+    restored = t["J"].clone().requires_grad_()
+    value = objective.eval()(restored, t["y"], t["low"], images(t))["contrast"]
+    assert value.item() == pytest.approx(float(t["loss"]), rel=1e-6)
+    value.backward()  # and it does reach the restored image
+    assert (restored.grad - t["grad"]).abs().max() <= 2e-5 * t["grad"].abs().max()
+    stepped = objective.train()(restored, t["y"], t["low"], images(t))["contrast"]
+    assert stepped.item() == pytest.approx(float(t["step.loss"]), rel=1e-5)
+    assert float(t["step.loss"]) != pytest.approx(float(t["loss"]), rel=1e-5)
+    assert not any(p.requires_grad for p in objective.parameters())
+
+
+def test_pcl_s_losses_of_given_embeddings(golden):
+    _, t = case(golden / "contrast_pcl.safetensors")
+    given = t["given.J"].clone().requires_grad_()
+    value = info_nce(given, images(t, "given.positive."), images(t, "given.negative."))
+    value.backward()
+    assert value.item() == pytest.approx(float(t["given.loss"]), rel=1e-6)
+    assert torch.allclose(given.grad, t["given.grad"], rtol=1e-6, atol=1e-12)
+    real, fake = (t[f"given.{kind}"].clone().requires_grad_() for kind in ("real", "fake"))
+    value = dual(real, fake)
+    value.backward()
+    assert value.item() == pytest.approx(float(t["given.dual"]), rel=1e-6)
+    assert torch.allclose(real.grad, t["given.dual.grad_real"], rtol=1e-6, atol=1e-12)
+    assert torch.allclose(fake.grad, t["given.dual.grad_fake"], rtol=1e-6, atol=1e-12)
+
+
+def test_pcl_s_copies_of_the_clean_image():
+    """Both keep flat images and the mean; sharpening raises the details, blurring lowers them."""
+    torch.manual_seed(0)
+    flat, image = torch.full((8, 3, 16, 16), 0.3), 0.4 + 0.2 * torch.rand(8, 3, 16, 16)
+    for made in (sharpened, blurred):
+        assert torch.allclose(made(flat), flat, atol=1e-6)
+        assert float(made(image).mean()) == pytest.approx(float(image.mean()), rel=0.02)
+    assert (haar(blurred(image)).square().mean((1, 2, 3)) <= haar(image).square().mean((1, 2, 3)) * 1.0001).all()
+    details = haar(sharpened(image)).square().mean((1, 2, 3)) / haar(image).square().mean((1, 2, 3))
+    assert float(details.max()) > 1.5
+
+
+def test_the_embedding_takes_no_step_on_what_is_no_number():
+    config = PCLConfig(negatives=[{}], weight=1.0)
+    objective = Objective(ObjectiveConfig(contrast=config))
+    restored, clean, past = torch.rand(3, 2, 3, 16, 16)
+    objective(restored, clean, clean, [past])
+    before = {name: tensor.clone() for name, tensor in objective.state().items()}
+    assert any(float(tensor.sum()) == 1 for name, tensor in before.items() if name.endswith("/step"))
+    objective(restored * math.nan, clean, clean, [past])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in objective.state().items())
