@@ -2,7 +2,8 @@
 
 Each entry of `validation.metrics` says which way it is better and builds a function of two images. A metric sees what a
 picture file would hold, whatever the protocol: RGB clamped to [0, 1] and rounded to 8 bits, nothing cut off. Networks
-are frozen; ImageNet weights that cannot be downloaded may be given as a file.
+are frozen; ImageNet weights that cannot be downloaded may be given as a file. NIQE is not among them: no package that
+is free, ships its parameters and runs today has it; yours may be imported.
 """
 
 import functools

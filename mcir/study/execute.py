@@ -70,6 +70,14 @@ class Executor:
         dist.broadcast_object_list(values)
         return values[0]
 
+    def stop_agreed(self) -> int:
+        """The exit code that a signal to any process asks for, 0 for none; the same everywhere."""
+        codes = [self.stopped] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(codes, self.stopped)
+        self.stopped = max(codes)
+        return self.stopped
+
     def start(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] = {}) -> list[dict[str, Any]]:
         """Runs `python -m mcir ARGUMENTS` with its output at the end of `log`; the exit code, wall and processor
         seconds of each process of the launch."""
@@ -117,7 +125,7 @@ def execute(executor: Executor, tasks: Sequence[Task], jobs: int = 1, retry_fail
     def train(task: Task) -> None:
         environment = slots.get()
         try:
-            if not executor.stopped:
+            if not executor.stop_agreed():
                 _train(executor, task, retry_failed, environment)
         finally:
             slots.put(environment)

@@ -10,7 +10,7 @@ from typing import Any
 
 from mcir import __version__
 from mcir.evaluation.report import jsonable
-from mcir.study.results import Line, Results
+from mcir.study.results import NOT_BEGUN, Line, Results
 from mcir.study.statistics import CONFIDENCE, POWER, seeds_needed
 
 EFFECT_DB = 0.02
@@ -98,15 +98,19 @@ def sentences(results: Results) -> list[str]:
             f"{line.data}, {line.metric.upper()}: `{line.arm}` is {direction} than `{results.plan.first}` by "
             f"{abs(found.mean):.{_digits(line)}f}{UNITS.get(line.metric, '')} {_interval(found.low, found.high, line)}."
         )
-    quiet: dict[str, list[str]] = {}
+    quiet: dict[tuple[str, str], list[str]] = {}
     for line in results.lines:
-        if line.comparison is not None and not line.comparison.is_shown:
-            quiet.setdefault(line.arm, []).append(f"{line.data} {line.metric.upper()}")
-    told += [f"`{arm}`: no difference is shown on {', '.join(where)}." for arm, where in quiet.items()]
+        found = line.comparison
+        if found is not None and not found.is_shown:
+            verdict = "no difference is shown" if found.num_seeds > 1 else "one seed cannot tell a difference"
+            quiet.setdefault((line.arm, verdict), []).append(f"{line.data} {line.metric.upper()}")
+    told += [f"`{arm}`: {verdict} on {', '.join(where)}." for (arm, verdict), where in quiet.items()]
     for run in results.runs:
-        if run.state != "finished":
+        if run.state not in ("finished", NOT_BEGUN):
             message = f": {run.message.splitlines()[0]}" if run.message else ""
             told.append(f"`{run.task.name}` is not in the tables: {run.state} at step {run.step}{message}")
+    if waiting := sum(run.state == NOT_BEGUN for run in results.runs):
+        told.append(f"{waiting} of {len(results.runs)} runs have not begun.")
     return told
 
 

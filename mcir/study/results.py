@@ -15,6 +15,8 @@ from mcir.study.plan import Plan, Task
 from mcir.study.statistics import Comparison, compare
 from mcir.train import scores
 
+NOT_BEGUN = "not begun"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -22,7 +24,7 @@ class Run:
 
     task: Task
     state: str
-    """That of its record, or `not begun`."""
+    """That of its record, or NOT_BEGUN."""
     message: str | None = None
     step: int = 0
     images_per_s: float | None = None
@@ -104,7 +106,7 @@ def paired(runs: Sequence[Run], arm: str, first: str, data: str, metric: str) ->
 def _read(task: Task) -> Run:
     record = task.record
     if record is None:
-        return Run(task, "not begun")
+        return Run(task, NOT_BEGUN)
     curve = scores.load(task.run_dir, task.config.steps)
     state = record["state"]
     if state == "finished" and task.config.steps not in curve:

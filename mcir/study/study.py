@@ -66,7 +66,7 @@ def study(
         executor.agree(None)
         if not report_only:
             execute(executor, plan.tasks if only is None else [plan.tasks[only]], jobs, retry_failed)
-        stopped = executor.agree(executor.stopped)
+        stopped = executor.stop_agreed()
     if not is_main():
         return stopped
     if only is None:

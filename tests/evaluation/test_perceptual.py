@@ -30,6 +30,7 @@ def pair():
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     """Random weights of a torchvision network, as a file: what is tested is where they go."""
+    pytest.importorskip("torchmetrics")
 
     def write(name):
         torch.manual_seed(0)
