@@ -1,16 +1,21 @@
 """What the engine must know of a network, and the base of every entry of the `arch` section."""
 
+import difflib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mcir.errors import UserError
 from mcir.section import Section
+
+MAX_GRAPHS = 64  # of one network, before torch gives compiling up
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,9 @@ class Descriptor:
     """Whether the network trains in bf16 autocast."""
     unused_parameters: bool = False
     """Whether some parameters never get a gradient, which DDP must be told to look for."""
+    result: Literal["first", "last"] | None = None
+    """Of a network that returns a list of images, stages or scales: which one is the restored image. The others are
+    supervised too, in training, and seen nowhere else."""
 
 
 class Arch(Section, ABC):
@@ -57,8 +65,33 @@ class Arch(Section, ABC):
         """A freshly initialised network (as its repository initialises it), drawn from torch's global generator."""
 
 
+def choose_result(net: nn.Module, descriptor: Descriptor) -> None:
+    """Have a network of several outputs return them with the result first in training, and the result alone in eval."""
+    if descriptor.result:
+        net.register_forward_hook(partial(_result_first, -1 if descriptor.result == "last" else 0))
+
+
+def _result_first(place: int, net: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Tensor | list[Tensor]:
+    if isinstance(outputs, Tensor):  # some return the result alone in eval
+        return outputs
+    images = list(outputs)
+    result = images.pop(place)
+    return [result, *images] if net.training else result
+
+
+def images_of(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """What a network in training restored, in fp32: the result, (B, 3, s * H, s * W), then what else is supervised."""
+    return [image.float() for image in ([output] if isinstance(output, Tensor) else output)]
+
+
 def blocks_of(net: nn.Module, descriptor: Descriptor) -> list[nn.Module]:
-    """The repeated blocks of a network, in order."""
+    """The repeated blocks of a network, in order. UserError for a class that the network has none of."""
+    names = {type(module).__name__: None for module in net.modules()}
+    for block in descriptor.blocks:
+        if block not in names:
+            close = difflib.get_close_matches(block, names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
+            raise UserError(f"arch.blocks: the network has no module of a class {block}: {hint}")
     return [module for module in net.modules() if type(module).__name__ in descriptor.blocks]
 
 
@@ -66,6 +99,23 @@ def checkpoint_activations(net: nn.Module, descriptor: Descriptor) -> None:
     """Have the repeated blocks computed again in the backward pass; names, weights and results stay the same."""
     for block in blocks_of(net, descriptor):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(net: nn.Module, descriptor: Descriptor, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Have the repeated blocks compiled, each as one graph for its class, sizes and mode, shared by all its like.
+
+    A block that is no single graph is a UserError at its first call: half compiled, it would only be slower.
+    """
+    from torch import _dynamo
+
+    if not (blocks := blocks_of(net, descriptor)):
+        raise UserError(
+            "compute.compile: the network has no repeated blocks to compile; name their classes (arch.blocks)"
+        )
+    # A U-shaped network needs a graph for each of its widths, and for training and inference.
+    _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, MAX_GRAPHS)
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
 def convolve_in_channels_last(net: nn.Module) -> None:
@@ -78,6 +128,26 @@ def convolve_in_channels_last(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
             module.register_forward_pre_hook(lay_out)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: a branch left out, sample by sample, at `rate` in training. (B, ...) -> same.
+
+    The rate is a tensor, which a compiled block takes as an input: a number would be a graph of its own for each block.
+    """
+
+    keep: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        drawn = torch.rand((len(x), *[1] * (x.ndim - 1)), device=x.device)
+        return x * ((drawn < self.keep) / self.keep).to(x.dtype)
 
 
 def under(name: str, module: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from einops import rearrange
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from mcir.archs.base import Arch, Descriptor, under
+from mcir.archs.base import Arch, Descriptor, DropPath, under
 
 SCALES = 4  # halvings between the first stage and the bottleneck
 NUM_WINDOW_BLOCKS = (3, 3, 2, 2, 1, 1, 2, 2, 3)  # before the block between windows; the bottleneck has no such block
@@ -23,12 +23,6 @@ POSITION_KERNEL_REACH = 2
 Stages = tuple[
     PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt, PositiveInt
 ]
-
-
-def _stochastic_depth(rate: float) -> nn.Module:
-    from torchvision.ops import StochasticDepth  # importing it takes as long as importing torch
-
-    return StochasticDepth(rate, "row")
 
 
 class QueryKeyValue(nn.Module):
@@ -98,7 +92,7 @@ class WindowBlock(nn.Module):
         self.window = window
         self.norm1 = nn.LayerNorm(dim)
         self.attn = GridAttention(dim, num_heads, side=window, bound=window, qkv_bias=qkv_bias)
-        self.drop_path = _stochastic_depth(drop_path)
+        self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = LocalFeedForward(dim, int(dim * mlp_ratio))
 
@@ -135,7 +129,7 @@ class SpatialBlock(nn.Module):
         super().__init__()
         self.window = window
         self.attn = GridAttention(window**2, num_heads, side=grid, bound=bound, qkv_bias=qkv_bias)
-        self.drop_path = _stochastic_depth(drop_path)
+        self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = LocalFeedForward(dim, int(window**2 * mlp_ratio))
 

@@ -14,6 +14,7 @@ from spandrel.architectures.SwinIR.__arch import SwinIR as official
 from torch import Tensor
 
 from mcir.archs.attention import attend
+from mcir.archs.base import DropPath
 
 Size = tuple[int, int]
 
@@ -98,6 +99,8 @@ class SwinIR(SpandrelSwinIR):
         self.register_buffer("rgb_mean", self.mean, persistent=False)
         for module in self.modules():
             module.__class__ = EXCHANGED.get(type(module), type(module))
+            if isinstance(module, SwinTransformerBlock):
+                module.drop_path = DropPath(getattr(module.drop_path, "drop_prob", 0.0))
 
     def forward(self, x: Tensor) -> Tensor:
         self.mean = self.rgb_mean

@@ -22,7 +22,7 @@ import torch
 from pydantic import BeforeValidator, JsonValue, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from mcir.archs.base import Arch, Descriptor
+from mcir.archs.base import Arch, Descriptor, choose_result
 from mcir.archs.state_dict import read_state_dict
 from mcir.errors import UserError
 from mcir.section import expand
@@ -39,11 +39,17 @@ def to_unit_range(net: Any, inputs: tuple[Any, ...], output: Any) -> Tensor:
     return output * 0.5 + 0.5
 
 
+def copy_of_input(net: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Published networks begin with `x -= mean` (WDSR): what they are given is also shown, measured, restored again."""
+    return inputs[0].clone(), *inputs[1:]
+
+
 # What makes [0, 1] RGB of the output, where the network does not give it (spandrel does it outside the module).
 OUTPUT_HOOKS = {
-    **dict.fromkeys(("CodeFormer", "FBCNN", "GFPGAN", "MMRealSR", "MPRNet"), first_output),
+    **dict.fromkeys(("CodeFormer", "FBCNN", "GFPGAN", "MMRealSR"), first_output),
     "MixDehazeNet": to_unit_range,
 }
+RESULTS: dict[str, Literal["first", "last"]] = {"MPRNet": "first"}  # of several outputs, all supervised
 NOT_IMAGE_TO_IMAGE = {
     "DRUNet": "takes a noise map beside the image",
     "IPT": "takes the index of a task beside the image",
@@ -169,6 +175,7 @@ def _describe(name: str, parameters: str) -> Descriptor:
         blocks=repeated_blocks(net),
         bf16=seen.supports_bfloat16 and architecture.id not in NOT_BF16,
         unused_parameters=architecture.id in UNUSED_PARAMETERS,
+        result=RESULTS.get(architecture.id),
     )
 
 
@@ -228,6 +235,8 @@ class Zoo(Arch):
                 raise UserError(f"arch.weights does not fit arch.parameters: {error}") from error
         if hook := OUTPUT_HOOKS.get(architecture.id):
             net.register_forward_hook(hook)
+        net.register_forward_pre_hook(copy_of_input)
+        choose_result(net, self.descriptor)
         return net.train()
 
 
@@ -256,6 +265,9 @@ class Imported(Arch):
     bf16: bool = True
     unused_parameters: bool = False
     """Whether some parameters never get a gradient."""
+    result: Literal["first", "last"] | None = None
+    """Which image is the result, of a network that returns a list. All are supervised, smaller ones by the clean image
+    made as small."""
 
     @model_validator(mode="after")
     def _exists_and_takes_these(self) -> Self:
@@ -292,6 +304,12 @@ class Imported(Arch):
 
     def build(self) -> nn.Module:
         try:
-            return self._class()(**self.arguments)
+            net = self._class()(**self.arguments)
         except _NotInstalled as error:
             raise UserError(f"arch.{error}; get {self.repository} and put its folder on PYTHONPATH") from error
+        for module in net.modules():  # what weight_norm computes before each forward would let no copy be made
+            computed = {k: v for k, v in vars(module).items() if isinstance(v, Tensor) and v.grad_fn is not None}
+            vars(module).update({name: tensor.detach() for name, tensor in computed.items()})
+        net.register_forward_pre_hook(copy_of_input)
+        choose_result(net, self.descriptor)
+        return net

@@ -72,14 +72,20 @@ class Objective(nn.Module):
         degraded: Tensor,
         past: Sequence[Tensor],
         source: Tensor | None = None,
+        others: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
         """The loss to minimise, `total`, and its parts: scalars in fp32, terms of a sum by name, `contrast` with its
         weight and sign.
 
         `past`: what the history restored, then the images of further columns, as the contrast's config lists them.
         `source` (B,): where the samples are from; then the parts say what each source adds (sources.py).
+        `others`: further outputs of the network, stages or smaller scales; the reconstruction alone looks at them, each
+        term summed over all outputs (MPRNet, MIMO-UNet, ConvIR).
         """
         images = self.reconstruction(restored, clean)
+        for output in others:
+            for name, values in self.reconstruction(output, reduced(clean, output)).items():
+                images[name] = images[name] + values
         terms = {name: values.mean() for name, values in images.items()}
         reconstruction = torch.stack(list(terms.values())).sum()
         parts = {"reconstruction": reconstruction}
@@ -126,6 +132,14 @@ def enlarged(degraded: Tensor, clean: Tensor) -> Tensor:
     if degraded.shape == clean.shape:
         return degraded
     return F.interpolate(degraded, clean.shape[-2:], mode="bicubic", align_corners=True).clamp(0, 1)
+
+
+def reduced(clean: Tensor, output: Tensor) -> Tensor:
+    """`clean` at the size of a smaller output: bilinear without antialiasing, as MIMO-UNet and ConvIR have it, which of
+    halves and quarters is the mean of the (central) 2 x 2 pixels."""
+    if clean.shape == output.shape:
+        return clean
+    return F.interpolate(clean, output.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def _poisoned(total: Tensor) -> Tensor:

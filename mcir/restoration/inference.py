@@ -215,6 +215,11 @@ def restore_tiled(
 def forward(net: nn.Module, descriptor: Descriptor, image: Tensor) -> Tensor:
     """The network's output in the dtype of its input; ValueError unless it is `scale` times as large."""
     restored = net(image)
+    if not isinstance(restored, Tensor):
+        raise UserError(
+            f"the network returns {type(restored).__name__} of {len(restored)} instead of an image: say which of a "
+            "list of images is the result (arch.result: first or last), or have it return the image alone"
+        )
     expected = (*image.shape[:2], *(descriptor.scale * side for side in image.shape[2:]))
     if restored.shape != expected:
         raise ValueError(f"The network made {tuple(restored.shape)}, but its descriptor promises {expected}.")

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from mcir.archs.base import blocks_of, checkpoint_activations, convolve_in_channels_last
+from mcir.archs.base import checkpoint_activations, compile_blocks, convolve_in_channels_last, images_of
 from mcir.config import RunConfig
 from mcir.data.loader import Batch, Loader
 from mcir.data.stages import phase_of
@@ -44,6 +44,7 @@ from mcir.train.state import State
 from mcir.train.steady import UNEVEN, Pace, SteadyCollector
 from mcir.train.stop import StopRequest
 from mcir.train.tracking import Meter, Tracker, memory_gib
+from mcir.train.trial import require_still_shared, try_network
 from mcir.train.validation import Validation
 from mcir.train.watch import Watch
 from mcir.weights.files import load_into
@@ -68,6 +69,7 @@ class Engine:
             report = load_into(net, Path(config.init_from))
             if accelerator.is_main_process:
                 print(report)
+        try_network(net, config, accelerator)
         channels_last = config.compute.channels_last
         if channels_last is None:
             channels_last = self.arch.descriptor.channels_last and accelerator.device.type == "cuda"
@@ -93,9 +95,10 @@ class Engine:
             checkpoint_activations(net, self.arch.descriptor)
         if config.compute.compile:
             for module in [net, *self.negatives.nets]:
-                for block in blocks_of(module, self.arch.descriptor):
-                    block.compile()
+                compile_blocks(module, self.arch.descriptor)
+        names = [name for name, _ in net.named_parameters()]
         self.model, self.optimizer = accelerator.prepare(net, optimizer)
+        require_still_shared(names, accelerator.unwrap_model(self.model))
         self.model.train()
         decay, warmup = config.ema_decay, config.ema_warmup
         self.ema = EMA(accelerator, self.model, self.optimizer, decay, warmup) if decay else None
@@ -145,9 +148,9 @@ class Engine:
             torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
             with self.accelerator.accumulate(self.model):
                 with autocast(self.accelerator), self.pace:
-                    restored = self.model(batch.degraded).float()  # (B, 3, s * H, s * W)
+                    restored, *others = images_of(self.model(batch.degraded))  # (B, 3, s * H, s * W)
                     past = [*self.negatives(batch.degraded, place[:-1]), *batch.extra]
-                    losses = self.objective(restored, batch.clean, batch.degraded, past, batch.source)
+                    losses = self.objective(restored, batch.clean, batch.degraded, past, batch.source, others)
                     if self.negatives.has_triggers:
                         losses["error"] = restoration_error(restored, batch.clean)
                     if batch.weight != 1:
@@ -279,8 +282,9 @@ class Engine:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint. Collective."""
-        whole = self.validation.replica.state_dict()
-        self.state.load(checkpoint, {name: tensor.shape for name, tensor in whole.items()})
+        replica = self.validation.replica
+        once = dict(replica.named_parameters()) | dict(replica.named_buffers())  # saved under one name if shared
+        self.state.load(checkpoint, {name: t.shape for name, t in replica.state_dict().items() if name in once})
 
 
 def build_engine(config: RunConfig, resume: str = "never") -> Engine:

@@ -96,6 +96,15 @@ def _from_edsr_pytorch(tensors: dict[str, Tensor], net: nn.Module, path: Path) -
     return renamed
 
 
+def _aliases(net: nn.Module) -> dict[str, set[str]]:
+    """The names of each tensor that modules of the network share, by each of its names."""
+    names: dict[int, set[str]] = {}
+    for named in (net.named_parameters, net.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            names.setdefault(id(tensor), set()).add(name)
+    return {name: shared for shared in names.values() if len(shared) > 1 for name in shared}
+
+
 def load_into(
     net: nn.Module, path: str | Path, prefer: Literal["params", "ema"] = "params", strict: bool = False
 ) -> LoadReport:
@@ -115,13 +124,14 @@ def load_into(
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     given = {name: tensor for name, tensor in tensors.items() if not DERIVED.search(name)}
     wanted = {name: tensor for name, tensor in own.items() if not DERIVED.search(name)}
+    aliases = _aliases(net)  # of a tensor with several names a file may have any
     common = [name for name in wanted if name in given]
     matched = {name: given[name] for name in common if given[name].shape == wanted[name].shape}
     report = LoadReport(
         path=file,
         entry=entry,
         matched=tuple(matched),
-        missing=tuple(name for name in wanted if name not in given),
+        missing=tuple(name for name in wanted if name not in given and not given.keys() & aliases.get(name, set())),
         unexpected=tuple(name for name in given if name not in wanted),
         mismatched=tuple(
             (name, tuple(given[name].shape), tuple(wanted[name].shape)) for name in common if name not in matched

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from pydantic import ValidationError
-from torchvision.ops import StochasticDepth
 
 from mcir.archs import build, parse
+from mcir.archs.base import DropPath
 from tests.archs.golden_weights import assert_equal_to_official
 
 
@@ -18,7 +18,7 @@ def test_equals_the_official_network(golden):
 
 def test_stochastic_depth(net):
     # FACTS.md A.4: 24 active modules, rates from 0.022 to 0.1; off in eval.
-    rates = [m.p for m in net.modules() if isinstance(m, StochasticDepth)]
+    rates = [m.rate for m in net.modules() if isinstance(m, DropPath)]
     active = [rate for rate in rates if rate > 0]
     assert len(active) == 24
     assert (min(active), max(active)) == pytest.approx((0.1 / 4.5, 0.1), rel=1e-3)
