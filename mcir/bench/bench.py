@@ -21,6 +21,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mcir.config import RunConfig
@@ -210,6 +211,7 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
                 if name == "mcir" or not is_out_of_memory(error):
                     raise
                 del variants[name]
+        operators = {name: count_operators(step, fixed) for name, step in variants.items()}
         rates: dict[str, list[float]] = {name: [] for name in variants}
         for i in range(rounds + 1):
             for name, step in variants.items():
@@ -239,6 +241,7 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
         "update_ms": update,
         "memory_gib": memory,
         "flops": flops,
+        "operators": operators,
         "mfu": _utilisation(flops["mcir"], ms["mcir"], device, precision_of(engine.accelerator)),
         "out_of_memory": sorted(wanted - set(ms)),
         "compared_ms": ms,
@@ -257,6 +260,24 @@ def count_flops(step: Callable[[Sequence[Batch]], Any], batches: Sequence[Batch]
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
         step(batches)
     return counter.get_total_flops()
+
+
+class _Operators(TorchDispatchMode):
+    """Counts what is dispatched to the device: each operator but those that only look at memory another way."""
+
+    num = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def count_operators(step: Callable[[Sequence[Batch]], Any], batches: Sequence[Batch]) -> int:
+    """Operators of a step without compiled graphs: on a GPU each is a launch at least, which small networks wait
+    for."""
+    with _Operators() as counter, torch.compiler.set_stance("force_eager"):
+        step(batches)
+    return counter.num
 
 
 def report(result: dict[str, Any]) -> Iterator[str | Table]:
@@ -278,7 +299,8 @@ def report(result: dict[str, Any]) -> Iterator[str | Table]:
     utilisation = "" if r["mfu"] is None else f" ({r['mfu']:.0%} of the device's peak)"
     yield (
         f"{r['images_per_s']:.4g} images/s, waiting for data {r['data_wait']:.1%}, peak memory {r['memory_gib']:.3g} "
-        f"GiB, {r['flops']['mcir'] / 1e9:.4g} GFLOP a step{utilisation}; the first three steps {r['warmup_s']:.2g} s"
+        f"GiB, {r['flops']['mcir'] / 1e9:.4g} GFLOP and "
+        f"{r['operators']['mcir']:,} operators a step{utilisation}; the first three steps {r['warmup_s']:.2g} s"
     )
     if r["update_ms"] is not None:
         share = r["update_ms"] / 100 / r["step_ms"]

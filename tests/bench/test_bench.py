@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from mcir.bench.bench import PARTS, Reference, Stopwatch, bench, count_flops, open_engine, report
+from mcir.bench.bench import PARTS, Reference, Stopwatch, bench, count_flops, count_operators, open_engine, report
 from mcir.bench.sweep import Trial, dump, overlay
 from mcir.cli import main
 from mcir.config import load, validate
@@ -65,6 +65,10 @@ def test_flops_of_a_plain_step_are_those_of_its_convolutions(tmp_path):
     body = (2 * blocks + 1) * conv(features, features, side) + conv(features, 4 * features, side)
     tail = conv(features, 3, 2 * side)
     assert count_flops(engine.step, batches) == 2 * head + 3 * (body + tail)
+
+
+def test_operators_are_counted_but_views_are_not():
+    assert count_operators(lambda batches: (torch.ones(2, 3).relu().view(6).view(3, 2).t() + 1).sum(), []) == 4
 
 
 def test_the_reference_step_has_the_engine_s_loss(config, tmp_path):
