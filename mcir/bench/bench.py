@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mcir.archs.base import images_of
 from mcir.config import RunConfig
 from mcir.data.loader import Batch
 from mcir.objective.reconstruction import Reconstruction
@@ -98,7 +99,7 @@ def watched(engine: Engine, watch: Stopwatch) -> Iterator[None]:
         watch.begin("other")
 
     def backward_reaches_target(module: nn.Module, given: Any, restored: Tensor) -> None:
-        restored.register_hook(lambda gradient: watch.begin("target"))
+        images_of(restored)[0].register_hook(lambda gradient: watch.begin("target"))
 
     engine.negatives.update = timed_update  # type: ignore[method-assign]
     handles = [

@@ -19,6 +19,8 @@ from mcir.config import RunConfig
 PAYS = 1.03
 """A setting is kept where images/s rise by more than this factor: less is noise."""
 MAX_DOUBLINGS = 6
+TRIAL_S = 300
+"""Seconds for a setting: one that compiles for longer is given up."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,11 @@ def measure(arguments: Sequence[str], kept: dict[str, Any], setting: dict[str, A
     """Run `mcir bench` with the settings in a process."""
     overrides = [f"{path}={json.dumps(value)}" for path, value in (kept | (setting or {})).items()]
     command = [sys.executable, "-m", "mcir", "bench", *arguments, *overrides, "--json", "--no-compare", "--steps", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    limit = TRIAL_S if setting else None  # the config as it is takes what it takes
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return Trial(setting or {}, None, None, None, fault=f"given up after {TRIAL_S} s (compiling, most likely)")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}: out of memory?"]
         return Trial(setting or {}, None, None, None, fault=lines[-1][:200])

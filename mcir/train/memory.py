@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from rich.table import Table
 from torch import Tensor, nn
 
-from mcir.archs.base import checkpoint_activations
+from mcir.archs.base import checkpoint_activations, images_of
 from mcir.config import RunConfig
 from mcir.errors import UserError
 from mcir.objective.objective import Objective
@@ -116,7 +116,8 @@ def _activations(config: RunConfig, net: nn.Module, world_size: int) -> int:
         objective = Objective(_weightless(config)).to("meta").eval()
         own |= {id(t) for t in [*objective.parameters(), *objective.buffers()]}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            objective(net.train()(degraded), clean, degraded, [clean] * num_images)
+            restored, *others = images_of(net.train()(degraded))
+            objective(restored, clean, degraded, [clean] * num_images, others=others)
     return _bytes(kept.values())
 
 
