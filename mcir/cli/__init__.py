@@ -149,7 +149,7 @@ def evaluate(
     networks = open_trained(weights, _kind(weights_kind), arch, allow_import)
     options = Options(_tile(tile), overlap, ensemble)
     outputs = Outputs(json, csv, plot, save_images, divergence)
-    measure(
+    report = measure(
         networks,
         data,
         accelerator,
@@ -161,6 +161,9 @@ def evaluate(
         outputs=outputs,
     )
     accelerator.end_training()
+    if report.failures and accelerator.is_main_process:
+        failures = report.failures
+        raise UserError("\n".join([f"{len(failures)} could not be measured and are left out:", *failures]))
 
 
 @app.command()

@@ -19,6 +19,7 @@ orientation is applied; of an animation the first frame is taken; 16-bit images 
 
 import io
 import logging
+import os
 from dataclasses import dataclass
 from struct import unpack_from
 from typing import Any
@@ -33,8 +34,13 @@ from torch import Tensor
 
 from mcir.errors import UserError
 
-MAX_PIXELS = 89_478_485
-"""Largest image that is decoded, in pixels: 256 MiB of RGB, Pillow's own warning limit. More is taken for an attack."""
+try:
+    MAX_PIXELS = int(os.environ.get("MCIR_MAX_PIXELS", "89478485").replace("_", ""))
+except ValueError:
+    raise UserError(f"MCIR_MAX_PIXELS={os.environ['MCIR_MAX_PIXELS']}: give a number of pixels") from None
+"""Largest image that is decoded, in pixels; by default 256 MiB of RGB, Pillow's own warning limit. More is taken for an
+attack, unless MCIR_MAX_PIXELS, which every process inherits, allows it."""
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # no format that runs code
 _ORIENTATION = 0x0112
@@ -112,7 +118,11 @@ def _open(data: bytes | memoryview, where: str) -> Image.Image:
 
 
 def _too_large(where: str) -> UserError:
-    return UserError(f"{where}: refused, more than {MAX_PIXELS:,} pixels (a decompression bomb?)")
+    return UserError(f"{where}: {too_large(MAX_PIXELS)}")
+
+
+def too_large(limit: int) -> str:
+    return f"refused, more than {limit:,} pixels (a decompression bomb?); MCIR_MAX_PIXELS raises the limit"
 
 
 def _orientation(image: Image.Image) -> int:

@@ -8,7 +8,7 @@ the mean is summed in the order of the images: the same number for any number of
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -39,6 +39,15 @@ class Scores:
 
     keys: list[str]
     values: dict[str, list[float]]
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """By place in the set: images that could not be measured, which are left out above, and why."""
+
+    def without(self, failed: Mapping[int, str]) -> "Scores":
+        """Without images that failed elsewhere, so that the same images are compared."""
+        places = (i for i in range(len(self.keys) + len(self.failed)) if i not in self.failed)
+        kept = [j for j, place in enumerate(places) if place not in failed]
+        values = {metric: [column[j] for j in kept] for metric, column in self.values.items()}
+        return Scores([self.keys[j] for j in kept], values, {**failed, **self.failed})
 
     def mean(self) -> dict[str, float]:
         return {metric: float(np.mean(values)) for metric, values in self.values.items()}
@@ -74,44 +83,53 @@ def evaluate(
     """Scores of every image of a set, in its order, on all ranks, and the first `num_pictures` images. Collective.
 
     `metrics` are measured beside those of the protocol. `visit` sees each image on the rank that restored it; the
-    values it returns join the image's scores.
-    Raises UserError: no images, a pair of unequal sizes, an image that the protocol or the memory cannot take.
+    values it returns join the image's scores. An image that cannot be read, or that the protocol or the memory cannot
+    take, costs no other: it is among the scores' `failed`.
+    Raises UserError: no images, or none that can be measured.
     """
     group = _patient_group() if accelerator.num_processes > 1 else None  # created while the ranks are together
     measures = {metric.label: metric.build(accelerator.device) for metric in metrics}
     share: list[tuple[int, str, dict[str, float], Picture | None]] = []
+    failed: dict[int, str] = {}
     for index, row in enumerate(data.source.open()):
         if index % accelerator.num_processes != accelerator.process_index:
             continue
-        degraded, clean = (to_float(image[None]).to(accelerator.device) for image in _pair(row, data, scale))
         try:
+            degraded, clean = (to_float(image[None]).to(accelerator.device) for image in _pair(row, data, scale))
             restored = restore(degraded)
+            scores = score(restored, clean, data.protocol, scale=scale)
+            values = {metric: float(value) for metric, value in scores.items()}
+            values |= perceptual.measure(measures, restored, clean)
+        except UserError as error:
+            failed[index] = str(error)
+        except ValueError as error:
+            failed[index] = f"{row.where}: {error}"
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             size = f"{degraded.shape[2]} x {degraded.shape[3]}"
-            raise UserError(f"{row.where}: {size} pixels do not fit into memory; set tile to auto") from error
-        try:
-            scores = score(restored, clean, data.protocol, scale=scale)
-            values = {metric: float(value) for metric, value in scores.items()}
-            values |= perceptual.measure(measures, restored, clean)
-        except ValueError as error:
-            raise UserError(f"{row.where}: {error}") from error
+            failed[index] = f"{row.where}: {size} pixels do not fit into memory; set tile to auto"
+        if index in failed:
+            continue
         shown = None
         if visit or index < num_pictures:
             shown = Picture(row.key, degraded[0].cpu(), restored[0].clamp(0, 1).cpu(), clean[0].cpu())
         if visit and shown:
             values |= visit(shown)
         share.append((index, row.key, values, shown if index < num_pictures else None))
-    shares: list[Any] = [share]
+    shares: list[Any] = [(share, failed)]
     if group is not None:
         shares = [None] * accelerator.num_processes
-        dist.all_gather_object(shares, share, group=group)
-    images = sorted((image for share in shares for image in share), key=lambda image: image[0])
+        dist.all_gather_object(shares, (share, failed), group=group)
+    images = sorted((image for share, _ in shares for image in share), key=lambda image: image[0])
+    failed = dict(sorted(item for _, faults in shares for item in faults.items()))
+    if not images and failed:
+        raise UserError(f"no image can be measured; the first: {next(iter(failed.values()))}")
     if not images:
         raise UserError(f"no images to measure on in {data.source}")
     columns = {metric: [image[2][metric] for image in images] for metric in images[0][2]}
-    return Scores([image[1] for image in images], columns), [image[3] for image in images if image[3] is not None]
+    pictures = [image[3] for image in images if image[3] is not None]
+    return Scores([image[1] for image in images], columns, failed), pictures
 
 
 def try_first(config: ValidationConfig, scale: int, device: torch.device) -> None:

@@ -104,6 +104,11 @@ def measure(
         *((path, True) for path in (outputs.images_dir, outputs.divergence_dir) if path),
     ):
         require_writable(path, folder)
+    files = [path.resolve() for path in (outputs.json, outputs.csv, outputs.plot) if path]
+    if len(set(files)) < len(files):
+        raise UserError(
+            f"two outputs are the same file, {next(f for f in files if files.count(f) > 1)}: name two files"
+        )
     sets = open_sets(places, scale, protocol)
     known = {name: test.data.published for name, test in sets.items() if published and test.data.published}
     if published and not known:
@@ -143,6 +148,10 @@ def measure(
                     restore, test.data, scale, accelerator, num_rows, visit, metrics
                 )
                 shown[label] = pictures
+            failed = {place: why for found in scores[name].values() for place, why in found.failed.items()}
+            scores[name] = {label: found.without(failed) for label, found in scores[name].items()}
+            if not next(iter(scores[name].values())).keys:
+                raise UserError(f"{name}: no image can be measured by all; the first: {next(iter(failed.values()))}")
             if outputs.images_dir and accelerator.is_main_process:
                 write_whole(outputs.images_dir / f"{name}.png", rows_png(shown))
     about = _about(networks, sets, options, baseline_name, accelerator)
@@ -213,7 +222,9 @@ def inside(folder: Path, key: str) -> Path:
 def rows_png(shown: Mapping[str, Sequence[Picture]]) -> bytes:
     """PNG of a row for each image: degraded | restored by each network in turn | clean, and where they differ most."""
     rows: list[Tensor] = []
-    for same in zip(*shown.values(), strict=True):
+    whole = set.intersection(*({picture.key for picture in pictures} for pictures in shown.values()))
+    kept = [[picture for picture in pictures if picture.key in whole] for pictures in shown.values()]
+    for same in zip(*kept, strict=True):
         restored = {label: picture.restored for label, picture in zip(shown, same, strict=True)}
         compared = [*restored.values()] if len(restored) > 1 else [same[0].restored, same[0].clean]
         rows.append(side_by_side({"degraded": same[0].degraded, **restored, "clean": same[0].clean}, compared))

@@ -54,6 +54,11 @@ class Report:
         return ["PSNR, dB", "SSIM", *(f"{m.upper()} {'↓' if m in self.lower_is_better else '↑'}" for m in self.further)]
 
     @property
+    def failures(self) -> list[str]:
+        """Images that are left out everywhere, a sentence each."""
+        return [why for scores in self.scores.values() for why in next(iter(scores.values())).failed.values()]
+
+    @property
     def pairs(self) -> list[tuple[str, str]]:
         """(network, what it is compared with): all with the first network, and with the baseline."""
         names = list(next(iter(self.scores.values())))
@@ -139,6 +144,7 @@ def to_json(report: Report) -> str:
         name: {
             network: {
                 "mean": values.mean(),
+                "failed": list(values.failed.values()),
                 "images": [
                     {"key": key} | {metric: column[i] for metric, column in values.values.items()}
                     for i, key in enumerate(values.keys)

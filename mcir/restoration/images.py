@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-from mcir.data.decode import MAX_PIXELS
+from mcir.data.decode import MAX_PIXELS, too_large
 from mcir.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
@@ -46,6 +46,8 @@ class Picture:
     orientation: int = 1
     exif: bytes | None = None
     icc_profile: bytes | None = None
+    dpi: tuple[float, float] | None = None
+    """Pixels of an inch, across and down, as the file says."""
 
 
 def open_header(path: Path) -> ImageFile.ImageFile:
@@ -55,12 +57,12 @@ def open_header(path: Path) -> ImageFile.ImageFile:
     except UnidentifiedImageError as error:
         raise UserError(f"{path}: no PNG, JPEG, WebP or TIFF image, of a kind not supported, or damaged") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: refused, more than {MAX_PIXELS:,} pixels (a decompression bomb?)") from error
+        raise UserError(f"{path}: {too_large(MAX_PIXELS)}") from error
     except Exception as error:  # decoders raise whatever they like on bad bytes
         raise UserError(f"{path}: cannot be opened: {error}") from error
     problem = None
     if image.width * image.height > MAX_PIXELS:
-        problem = f"refused, more than {MAX_PIXELS:,} pixels (a decompression bomb?)"
+        problem = too_large(MAX_PIXELS)
     elif getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a JPEG with a thumbnail behind it
         problem = "has several frames or pages; split it first"
     if problem:
@@ -82,7 +84,9 @@ def read(path: Path) -> Picture:
                 orientation = image.getexif().get(ORIENTATION, 1)
                 pixels = turn(stored, orientation)
             kind = "JPEG" if image.format == "MPO" else str(image.format)
-            return Picture(np.ascontiguousarray(pixels), kind, orientation, image.info.get("exif"), profile)
+            dpi = image.info.get("dpi")
+            dpi = (float(dpi[0]), float(dpi[1])) if dpi and min(dpi) > 0 else None
+            return Picture(np.ascontiguousarray(pixels), kind, orientation, image.info.get("exif"), profile, dpi)
         except UserError:
             raise
         except Exception as error:
@@ -160,8 +164,23 @@ def with_rgb(picture: Picture, restored: Tensor) -> Picture:
         if opacity.shape[2:] != restored.shape[1:]:
             opacity = F.interpolate(opacity, restored.shape[1:], mode="bicubic")
         channels.append(opacity[0].to(restored))
-    pixels = torch.cat(channels).float().clamp(0, 1).mul(peak).round().permute(1, 2, 0)
-    return replace(picture, pixels=pixels.cpu().numpy().astype(dtype))
+    pixels = torch.cat(channels).float().clamp_(0, 1).mul_(peak).round_().permute(1, 2, 0)
+    new = replace(picture, pixels=pixels.cpu().numpy().astype(dtype))
+    if new.exif and new.pixels.shape[:2] != picture.pixels.shape[:2]:
+        new = replace(new, exif=resized_exif(new.exif, *turn(new.pixels, new.orientation, back=True).shape[:2]))
+    return new
+
+
+def resized_exif(exif: bytes, height: int, width: int) -> bytes:
+    """EXIF data whose sizes are those of the picture as stored; a thumbnail, which shows the old one, is left out."""
+    data = Image.Exif()
+    data.load(exif)
+    for tags, sizes in (
+        (data, {0x0100: width, 0x0101: height}),
+        (data.get_ifd(0x8769), {0xA002: width, 0xA003: height}),
+    ):
+        tags.update({tag: size for tag, size in sizes.items() if tag in tags})
+    return data.tobytes()
 
 
 def write(path: Path, picture: Picture) -> None:
@@ -190,6 +209,8 @@ def encode(picture: Picture) -> bytes:
     options = formats[picture.format]
     if picture.icc_profile:
         options["icc_profile"] = picture.icc_profile
+    if picture.dpi and picture.format != "WEBP":
+        options["dpi"] = picture.dpi
     if picture.exif and picture.format != "TIFF":
         options["exif"] = picture.exif
     buffer = io.BytesIO()
@@ -211,6 +232,8 @@ def encode_png_16_bit(pixels: np.ndarray, picture: Picture) -> bytes:
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]
     if picture.icc_profile:
         chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(picture.icc_profile)))
+    if picture.dpi:
+        chunks.append((b"pHYs", struct.pack(">IIB", *(round(dpi / 0.0254) for dpi in picture.dpi), 1)))
     if picture.exif:
         chunks.append((b"eXIf", picture.exif.removeprefix(b"Exif\0\0")))
     chunks += [(b"IDAT", zlib.compress(filtered.tobytes())), (b"IEND", b"")]
@@ -233,6 +256,8 @@ def encode_tiff_16_bit(pixels: np.ndarray, picture: Picture) -> bytes:
         extrasamples=["unassalpha"] if num_channels == 4 else None,
         compression="zlib",
         iccprofile=picture.icc_profile,
+        resolution=picture.dpi,
+        resolutionunit="INCH" if picture.dpi else None,
         extratags=[(ORIENTATION, "H", 1, picture.orientation, True)],
         metadata=None,
         software=False,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mcir.archs.base import Descriptor
 from mcir.errors import UserError
+from mcir.restoration.memory import fits
 
 TILES_AT_ONCE = 16  # of a network with one size, in one forward: small tiles alone leave a GPU idle
 SMALLEST_TILE = 32  # where "auto" gives up
@@ -51,9 +52,10 @@ def infer(
 
     `net` must be in eval mode and on that device. `tile`: side of the square tiles in input pixels, a multiple of the
     network's size multiple; None: the whole image; "auto": the whole batch, on out-of-memory fewer images at once, then
-    smaller tiles. A network with a fixed size is always tiled by it, as its official test does. `overlap` of
-    neighbouring tiles in input pixels, at most half a tile; by default the network's own, else 32. `ensemble`: the mean
-    over the 8 turns and mirrorings of the image ("+" in super-resolution tables), 8 times as long.
+    smaller tiles; what would not fit into a CPU's memory is not tried (memory.py). A network with a fixed size is
+    always tiled by it, as its official test does. `overlap` of neighbouring tiles in input pixels, at most half a tile;
+    by default the network's own, else 32. `ensemble`: the mean over the 8 turns and mirrorings of the image ("+" in
+    super-resolution tables), 8 times as long.
 
     "auto" decides on each process alone, so it is not for a network whose forward is collective (sharded weights).
     Raises UserError for a tile or overlap that the network cannot take, ValueError for another shape or dtype.
@@ -64,6 +66,9 @@ def infer(
     check_tiles(descriptor, tile, overlap)
     failure: Exception | None = None
     for side, num_tiles in attempts(descriptor, degraded.shape, tile):
+        if degraded.device.type == "cpu" and not fits_cpu(net, descriptor, degraded.shape, side, num_tiles):
+            failure = MemoryError("not enough memory for this picture")
+            continue
         try:
             if ensemble:
                 return ensembled(net, descriptor, degraded, side, num_tiles, overlap)
@@ -76,6 +81,15 @@ def infer(
             torch.cuda.empty_cache()
     assert failure is not None
     raise failure
+
+
+def fits_cpu(net: nn.Module, descriptor: Descriptor, shape: torch.Size, side: int, num_tiles: int) -> bool:
+    """Whether tiles of this side and number, and the picture that they make, fit into the memory there is."""
+    height, width = padded_size(descriptor, shape[2], shape[3])
+    tiles = math.ceil(height / side) * math.ceil(width / side) * shape[0]
+    outputs = 4 * 3 * shape[0] * height * width * descriptor.scale**2  # restored, weights, and a copy to write from
+    forward = (min(num_tiles, tiles), 3, min(side, height), min(side, width))
+    return fits(net, forward, 3 * outputs)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

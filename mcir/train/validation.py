@@ -50,6 +50,9 @@ class Validation:
                 metrics=config.metrics,
             )
             results[name] = scores, pictures
+            if scores.failed:
+                first = next(iter(scores.failed.values()))
+                tracker.message(f"step {state.step}: {name} without {len(scores.failed)} images, the first: {first}")
             mean = scores.mean()
             state.measured |= {f"{name}/{metric} ({kind})": round(value, 4) for metric, value in mean.items()}
             tracker.scalars(state.step, {f"validation/{name}/{metric}": value for metric, value in mean.items()})

@@ -76,7 +76,10 @@ def test_evaluate_compares_two_weights_and_bicubic(folder, monkeypatch, capsys):
     expected = imresize(imresize(clean, 0.5).float() / 255, 2).clamp(0, 1).mul(255).round().byte()
     saved = np.asarray(Image.open(out / "images" / "Set3" / "bicubic" / "one.png"))
     assert (saved == expected.permute(1, 2, 0).numpy()).all()
-    assert Image.open(out / "images" / "Set3.png").size == (5 * 44, 30 + 30 + 40)
+    assert Image.open(out / "images" / "Set3.png").size == (
+        5 * 44,
+        30 + 30 + 40 + 3 * (18 + 4 + 24),
+    )  # label, line, detail
     assert Image.open(out / "maps" / "Set3" / "two.png").size == (4 * 40, 40)
     assert Image.open(out / "r.png").format == "PNG"
     assert sorted(path.name for path in out.iterdir()) == ["images", "maps", "r.csv", "r.json", "r.png"]
@@ -160,3 +163,19 @@ def test_a_dry_run_plans_for_what_was_launched_and_prints_once(tmp_path, monkeyp
     assert not (tmp_path / "runs").exists()
     monkeypatch.setenv("RANK", "1")
     assert run(monkeypatch, capsys, "train", config, "--dry-run")[:2] == (0, "")
+
+
+def test_an_image_that_cannot_be_measured_costs_no_other(folder, monkeypatch, capsys):
+    Image.new("RGB", (8, 8)).save(folder / "Set3" / "small.png")
+    weights = ["--weights", folder / "a.safetensors", folder / "b.safetensors"]
+    files = ["--csv", folder / "out.csv", "--json", folder / "out.json"]
+    code, shown, said = run(monkeypatch, capsys, "evaluate", *weights, "--data", folder / "Set3", *files)
+    assert code == 1
+    assert "1 could not be measured and are left out:" in said
+    assert "small" in said
+    assert "Set3" in shown
+    assert len((folder / "out.csv").read_text().splitlines()) == 1 + 2 * 3
+    assert "small" in json.loads((folder / "out.json").read_text())["results"]["Set3"]["a"]["failed"][0]
+    same = ["--csv", folder / "x", "--json", folder / "x"]
+    code, _, said = run(monkeypatch, capsys, "evaluate", *weights, "--data", folder / "Set3", *same)
+    assert (code, "two outputs are the same file" in said) == (1, True)

@@ -240,3 +240,18 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
         write(tmp_path / "a.png", with_rgb(picture, 1 - to_rgb(picture)))
     assert (tmp_path / "a.png").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_sizes_in_exif_are_the_new_ones_and_the_resolution_stays(tmp_path):
+    data = Image.Exif()
+    data[0x0100], data[0x010F] = 8, "Maker"
+    data.get_ifd(0x8769).update({0xA002: 8, 0xA003: 6, 0x9003: "2026:01:01 00:00:00"})
+    for name in ("a.jpg", "a.png"):
+        Image.new("RGB", (8, 6), "red").save(tmp_path / name, exif=data, dpi=(300, 300))
+        picture = images.read(tmp_path / name)
+        images.write(tmp_path / name, images.with_rgb(picture, torch.rand(3, 12, 16)))
+        with Image.open(tmp_path / name) as after:
+            found = after.getexif()
+            assert (found[0x0100], found[0x010F]) == (16, "Maker")
+            assert dict(found.get_ifd(0x8769)) == {0xA002: 16, 0xA003: 12, 0x9003: "2026:01:01 00:00:00"}
+            assert tuple(round(dpi) for dpi in after.info["dpi"]) == (300, 300)
