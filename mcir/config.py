@@ -47,7 +47,9 @@ class RunConfig(Section):
     """Other crops and batches from a step on; data.crop_size and batch_size hold before the first."""
     arch: AnyArch
     init_from: PathText | None = None
-    """Weights to start from (.safetensors, .pth, .pt, .ckpt, .pk)."""
+    """Weights to start from (.safetensors, .pth, .pt, .ckpt, .pk); `net.pth[params_ema]` names an entry of the file."""
+    init_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the network's values that `init_from` must fill at least."""
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig

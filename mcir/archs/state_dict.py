@@ -1,6 +1,9 @@
 """Tensors out of files that other programs wrote: where training codes put them, and nothing of the file executed
 (`weights_only=True`)."""
 
+import argparse
+import collections
+import pathlib
 import pickle
 import re
 from collections.abc import Mapping
@@ -25,9 +28,13 @@ PLAIN_ENTRIES = ("params", "state_dict", "model_state_dict", "model", "net", "ne
 WRAPPER_NAMES = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 PARALLEL_PREFIX = "module."  # put before every name by DataParallel
 
-# FFA-Net keeps its validation history as numpy numbers beside the weights: data, not code.
+# Data, not code, that training codes leave beside the weights: FFA-Net's validation history in numpy numbers,
+# argparse's settings, paths. The unpickler fills their fields and calls nothing else of theirs.
 _SCALAR: Any = np.float64(0).__reduce__()[0]
-NUMPY_NUMBERS: list[Any] = [
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    *(pathlib.Path, pathlib.PosixPath, pathlib.PurePosixPath),
+    *(collections.defaultdict, collections.deque, dict, list, set, tuple),
     (_SCALAR, "numpy.core.multiarray.scalar"),
     (_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype,
@@ -35,9 +42,17 @@ NUMPY_NUMBERS: list[Any] = [
 ]
 
 
+def split_entry(path: str | Path) -> tuple[Path, str | None]:
+    """`net.pth[params_ema]` -> the file and the entry in it; what exists is a path, whatever is in its name."""
+    match = re.fullmatch(r"(.+)\[([^\[\]]+)\]", str(path))
+    if match and not Path(path).exists():
+        return Path(match[1]), match[2]
+    return Path(path), None
+
+
 def locate(path: str | Path) -> Path:
     """The file itself, or `model.safetensors` in the folder of a checkpoint or an export."""
-    path = Path(path)
+    path, _ = split_entry(path)
     file = path / WEIGHTS_FILE if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such weights file")
@@ -46,17 +61,18 @@ def locate(path: str | Path) -> Path:
 
 def _read(path: Path) -> Any:
     """The content of a weights file, tensors on the CPU, without executing anything from it."""
-    if path.suffix == ".safetensors":
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
         try:
             return load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-    if path.suffix not in PICKLE_SUFFIXES:
+    if suffix not in PICKLE_SUFFIXES:
         raise UserError(
             f"{path}: weights are read from .safetensors, {', '.join(PICKLE_SUFFIXES)}, not '{path.suffix}'"
         )
     try:
-        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+        with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         if found := re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class): ?\S* ?([\w.]+)", str(error)):
@@ -68,27 +84,46 @@ def _read(path: Path) -> Any:
 
 
 def _unwrap(content: Any, prefer: Literal["params", "ema"]) -> tuple[dict[str, Tensor], str]:
-    """The state_dict inside what a training code saved, and the path of entries that led to it."""
+    """The state_dict inside what a training code saved, and the path of entries that led to it. A tensor beside such an
+    entry (a loss, a best PSNR) makes no state_dict of the whole."""
     entries = (*EMA_ENTRIES, *PLAIN_ENTRIES) if prefer == "ema" else (*PLAIN_ENTRIES, *EMA_ENTRIES)
     trail: list[str] = []
-    while isinstance(content, Mapping) and not any(isinstance(v, Tensor) for v in content.values()):
+    while isinstance(content, Mapping):
         entry = next((e for e in entries if isinstance(content.get(e), Mapping)), None)
         if entry is None:
-            return {}, ""
+            break
         trail.append(entry)
         content = content[entry]
-    if not isinstance(content, Mapping):
-        return {}, ""
-    return {str(k): v for k, v in content.items() if isinstance(v, Tensor)}, ".".join(trail)
+    return _tensors(content), ".".join(trail)
+
+
+def _tensors(content: Any) -> dict[str, Tensor]:
+    return {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+
+
+def _named_entry(content: Any, entry: str, file: Path) -> Any:
+    """What lies at `a.b.c` of a file's mappings."""
+    for part in entry.split("."):
+        if not isinstance(content, Mapping) or part not in content:
+            there = ", ".join(str(k) for k, v in content.items() if isinstance(v, Mapping)) if content else ""
+            raise UserError(f"{file}: has no entry {entry}; there is {there or 'none'}")
+        content = content[part]
+    return content
 
 
 def read_entry(path: str | Path, prefer: Literal["params", "ema"]) -> tuple[dict[str, Tensor], str]:
-    file = locate(path)
+    """The tensors of a file by name, and the entries that led to them: those that the path names (`net.pth[params]`),
+    or those where training codes put them."""
+    file, (_, named) = locate(path), split_entry(path)
     content = _read(file)
     tensors, entry = _unwrap(content, prefer)
+    if named is not None:
+        tensors, entry = _tensors(_named_entry(content, named, file)), named
     if not tensors:
         found = f"its entries: {', '.join(map(str, content))[:200]}" if isinstance(content, Mapping) else type(content)
-        raise UserError(f"{file}: no state_dict found in it ({found})")
+        raise UserError(
+            f"{file}: no state_dict found in it ({found}); name the entry that holds it, {file.name}[ENTRY]"
+        )
     return {WRAPPER_NAMES.sub("", name): tensor for name, tensor in tensors.items()}, entry
 
 

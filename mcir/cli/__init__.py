@@ -322,16 +322,24 @@ def _kind(text: str | None) -> Any:
 
 @app.command()
 def export(
-    weights: Annotated[Path, typer.Argument(help="model.safetensors, ema.safetensors or a folder that holds it.")],
+    weights: Annotated[
+        str, typer.Argument(metavar="[NAME=]PATH", help="Weights file, checkpoint or run (its best checkpoint).")
+    ],
     to: Annotated[str, typer.Option(help="basicsr, official, onnx or hub-folder.")],
-    output: Annotated[Path, typer.Option(help="File or folder to write.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File or folder to write; by default the weights' name, here.")
+    ] = None,
     size: Annotated[tuple[int, int] | None, typer.Option(help="Height and width of an ONNX graph of one size.")] = None,
-    allow_import: Annotated[bool, typer.Option(help="Let the file name a network class of your own code.")] = False,
+    weights_kind: WeightsKind = None,
+    arch: Archs = [],  # noqa: B006
+    allow_import: AllowImport = False,
 ) -> None:
     """Write trained weights as another program reads them."""
     from mcir.weights.export import export as write
+    from mcir.weights.trained import open_trained
 
-    print(write(weights, to, output, size=size, allow_import=allow_import))  # type: ignore[arg-type]
+    trained = open_trained([weights], _kind(weights_kind), arch, allow_import)[0]
+    print(write(trained, to, output, size=size))  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ class Engine:
         set_seed(config.seed)  # the same on all ranks: FSDP2 shards each rank's own copy of the initial weights
         net = self.arch.build()
         if config.init_from:
-            report = load_into(net, Path(config.init_from))
+            report = load_into(net, Path(config.init_from), min_share=config.init_share)
             if accelerator.is_main_process:
                 print(report)
         try_network(net, config, accelerator)

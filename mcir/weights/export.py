@@ -15,10 +15,11 @@ import torch
 from ruamel.yaml import YAML
 from torch import Tensor, nn
 
-from mcir.archs import Arch, parse
+from mcir.archs import Arch
 from mcir.archs.state_dict import PARALLEL_PREFIX, WEIGHTS_FILE
 from mcir.errors import UserError
-from mcir.weights.files import build_from, load_into, save_weights
+from mcir.weights.files import save_weights
+from mcir.weights.trained import Trained
 
 Format = Literal["basicsr", "official", "onnx", "hub-folder"]
 
@@ -53,37 +54,27 @@ OFFICIAL: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
 }
 
 
-def export(
-    weights: str | Path,
-    to: Format,
-    output: str | Path,
-    *,
-    arch: Arch | Mapping[str, Any] | None = None,
-    size: tuple[int, int] | None = None,
-    allow_import: bool = False,
-) -> Path:
-    """Write the weights as another program reads them, and return where.
+def export(trained: Trained, to: Format, output: Path | None = None, *, size: tuple[int, int] | None = None) -> Path:
+    """Write the weights as another program reads them, and return where (by default NAME.pth, NAME.onnx or NAME).
 
-    `weights` is a file or folder of ours, or any weights file if `arch` describes its network. `basicsr` writes
+    `basicsr` writes
     {"params": …}, `official` what the network's own repository loads, `onnx` a graph from (N, 3, H, W) in [0, 1] to the
     restored image (any size for convolutional networks, otherwise one: `size`, the network's own or 256 x 256), and
-    `hub-folder` a folder with weights, config and model card. `allow_import` lets the file name code of the user's.
-    Raises UserError for weights that do not fit, an unknown format and missing packages.
+    `hub-folder` a folder with weights, config and model card. Raises UserError for an unknown format, a default name
+    that is taken and missing packages.
     """
     if to not in get_args(Format):
         raise UserError(f"cannot export to '{to}': choose {', '.join(get_args(Format))}")
-    if arch is None:
-        net, described, metadata = build_from(weights, allow_import=allow_import)
-    else:
-        described = parse(arch)
-        net, metadata = described.build(), {"arch": described.model_dump_json()}
-        load_into(net, weights, strict=True)
-    output = Path(output)
+    net, described = trained.net, trained.arch
+    if output is None:
+        output = Path(trained.name + {"onnx": ".onnx", "hub-folder": ""}.get(to, ".pth"))
+        if output.exists():
+            raise UserError(f"{output} is there already: give --output")
     output.parent.mkdir(parents=True, exist_ok=True)
     if to == "onnx":
         _write_onnx(net.eval(), described, output, size)
     elif to == "hub-folder":
-        _write_hub_folder(net, described, metadata, output)
+        _write_hub_folder(trained, output)
     else:
         wrap = _params if to == "basicsr" else OFFICIAL.get(described.name)
         if wrap is None:
@@ -146,15 +137,26 @@ def _write_onnx(net: nn.Module, arch: Arch, output: Path, size: tuple[int, int] 
             raise UserError(f"the ONNX graph differs from the network by {difference:.2g}; it was not kept")
 
 
-def _write_hub_folder(net: nn.Module, arch: Arch, metadata: Mapping[str, str], folder: Path) -> None:
+def _write_hub_folder(trained: Trained, folder: Path) -> None:
     if folder.is_file():
         raise UserError(f"{folder}: is a file; give a folder to write weights, config and model card into")
     folder.mkdir(exist_ok=True)
-    kept = {key: value for key, value in metadata.items() if key not in ("format", "mcir")}
-    save_weights(folder / WEIGHTS_FILE, net.state_dict(), kept)
+    metadata = _metadata(trained)
+    save_weights(folder / WEIGHTS_FILE, trained.net.state_dict(), metadata)
     config = json.loads(metadata["config"]) if "config" in metadata else {"arch": json.loads(metadata["arch"])}
     (folder / "config.yaml").write_text(_yaml(config), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(net, arch, metadata), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(trained.net, trained.arch, metadata), encoding="utf-8")
+
+
+def _metadata(trained: Trained) -> dict[str, str]:
+    """What the folder says of its weights: of the metrics those of this kind (a checkpoint's files hold the EMA's and
+    the target's)."""
+    kept = {key: value for key, value in trained.metadata.items() if key not in ("format", "mcir", "metrics")}
+    kept |= {"arch": trained.arch.model_dump_json(exclude={"weights"})} if "arch" not in kept else {}
+    measured = json.loads(trained.metadata.get("metrics", "{}"))
+    of_these = {name: value for name, value in measured.items() if name.endswith(f"({trained.kind})")}
+    kept |= {"kind": trained.kind} if trained.kind else {}
+    return kept | ({"metrics": json.dumps(of_these)} if of_these else {})
 
 
 def _yaml(content: Any) -> str:

@@ -6,6 +6,7 @@ description in the metadata, so that a file alone rebuilds its network.
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,10 +25,14 @@ from mcir.archs.edsr import DIV2K_MEAN
 from mcir.archs.state_dict import PARALLEL_PREFIX, locate, read_entry
 from mcir.errors import UserError
 
+log = logging.getLogger(__name__)
+
 # Put before every name by training classes (Lightning); some networks really have a child of that name.
 HOLDER_PREFIXES = ("", "model.", "net.", "netG.", "net_g.", "generator.", "network.")
 # Buffers that the constructor computes from the window and image size: always kept as built.
 DERIVED = re.compile(r"(^|\.)(attn_mask|relative_position_index|relative_positions|relative_coords)\w*$")
+# What tools and training codes leave among a network's tensors: counts of operations, of averaged models.
+LEFT_BEHIND = re.compile(r"(^|\.)(total_ops|total_params|n_averaged)$")
 UPSAMPLER = re.compile(r"^(upsample|conv_before_upsample|conv_up\d|conv_hr|conv_last|tail|up)\.")
 
 
@@ -42,9 +47,14 @@ class LoadReport:
     missing: tuple[str, ...]
     """Names of the network that the file lacks: they keep their fresh values."""
     unexpected: tuple[str, ...]
-    """Names of the file that the network lacks."""
+    """Names of the file that the network lacks, in parts that it has."""
+    foreign: tuple[str, ...]
+    """Names of the file that are no part of this network (a loss's, another network's, a tool's)."""
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     """Names of both whose shapes differ (name, shape in the file, shape in the network): the network's are kept."""
+
+    share: float
+    """Of the network's values, those that the file fills."""
 
     @property
     def complete(self) -> bool:
@@ -52,9 +62,10 @@ class LoadReport:
 
     def __str__(self) -> str:
         source = f"{self.path}" + (f" [{self.entry}]" if self.entry else "")
+        beside = f"; {len(self.foreign)} beside them are of no part of it: {self.foreign[0]} …" if self.foreign else ""
         if self.complete:
-            return f"{source}: all {len(self.matched)} tensors loaded"
-        lines = [f"{source}: {len(self.matched)} tensors loaded"]
+            return f"{source}: all {len(self.matched)} tensors loaded{beside}"
+        lines = [f"{source}: {len(self.matched)} tensors loaded, {self.share:.1%} of the network's values{beside}"]
         for title, names in (
             ("missing in the file, left as initialised", self.missing),
             ("unexpected in the file, not used", self.unexpected),
@@ -106,12 +117,17 @@ def _aliases(net: nn.Module) -> dict[str, set[str]]:
 
 
 def load_into(
-    net: nn.Module, path: str | Path, prefer: Literal["params", "ema"] = "params", strict: bool = False
+    net: nn.Module,
+    path: str | Path,
+    prefer: Literal["params", "ema"] = "params",
+    strict: bool = False,
+    min_share: float = 0.0,
 ) -> LoadReport:
     """Load every tensor of the file whose name and shape the network has, and report on all others.
 
     Buffers that follow from the image and window size (SwinIR's masks and indices) stay as built. EDSR-PyTorch's names
-    are translated. Raises UserError when nothing matches, or, if `strict`, when anything is left over on either side.
+    are translated; names that are no part of the network are left aside. Raises UserError when nothing matches, less
+    than `min_share` of the network's values, or, if `strict`, not all on both sides; and when a value is not finite.
     """
     tensors, entry = read_entry(path, prefer)
     file = locate(path)
@@ -127,23 +143,42 @@ def load_into(
     aliases = _aliases(net)  # of a tensor with several names a file may have any
     common = [name for name in wanted if name in given]
     matched = {name: given[name] for name in common if given[name].shape == wanted[name].shape}
+    parts = {name.partition(".")[0] for name in own}
+    extra = [name for name in given if name not in wanted]
+    foreign = [name for name in extra if LEFT_BEHIND.search(name) or name.partition(".")[0] not in parts]
+    missing = tuple(name for name in wanted if name not in given and not given.keys() & aliases.get(name, set()))
+    unfilled = {*missing, *(name for name in common if name not in matched)}
     report = LoadReport(
         path=file,
         entry=entry,
         matched=tuple(matched),
-        missing=tuple(name for name in wanted if name not in given and not given.keys() & aliases.get(name, set())),
-        unexpected=tuple(name for name in given if name not in wanted),
+        missing=missing,
+        unexpected=tuple(name for name in extra if name not in foreign),
+        foreign=tuple(foreign),
         mismatched=tuple(
             (name, tuple(given[name].shape), tuple(wanted[name].shape)) for name in common if name not in matched
         ),
+        share=1 - sum(wanted[name].numel() for name in unfilled) / max(1, sum(t.numel() for t in wanted.values())),
     )
     if not matched:
         raise UserError(
             f"{file}: none of its {len(tensors)} tensors fits the network; is it of another architecture? The file has "
             f"{next(iter(tensors))} …, the network {next(iter(own))} …"
         )
+    if report.share < min_share:
+        raise UserError(
+            f"init_from: {report.share:.1%} of the network's values would come from the file, the rest be random, less "
+            f"than init_share ({min_share:.0%}): lower init_share where that is meant\n{report}"
+        )
     if strict and not report.complete:
         raise UserError(f"the weights do not fit the network\n{report}")
+    if strict and foreign:
+        log.warning("%s", report)
+    if ruined := [name for name, t in matched.items() if t.is_floating_point() and not bool(t.isfinite().all())]:
+        raise UserError(
+            f"{file}: {len(ruined)} of its tensors hold values that are not finite ({ruined[0]} …): the run that wrote "
+            "it had failed before; take an earlier checkpoint"
+        )
     net.load_state_dict(matched, strict=False)
     return report
 

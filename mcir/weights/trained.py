@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from mcir.archs import Arch, parse
-from mcir.archs.state_dict import EMA_ENTRIES, WEIGHTS_FILE
+from mcir.archs.state_dict import EMA_ENTRIES, WEIGHTS_FILE, locate, split_entry
 from mcir.config import load
 from mcir.errors import UserError
 from mcir.section import parse_yaml
@@ -40,6 +40,13 @@ class Trained:
     arch: Arch
     metadata: dict[str, str]
     """Of the file: `step`, `config` (JSON) …; empty for a file that mcir did not write."""
+
+    @property
+    def kind(self) -> Kind | None:
+        """Which of a run's weights these are; None where nobody knows."""
+        if "step" not in self.metadata:
+            return None
+        return "ema" if self.path.name == EMA_FILE or self.metadata.get("kind") == "ema" else "target"
 
     @property
     def config(self) -> dict[str, Any] | None:
@@ -112,8 +119,9 @@ def default_name(path: Path) -> str:
 
 def choose_file(path: Path, kind: Kind | None) -> Path:
     """The weights file that a path means. UserError if there is none."""
-    if path.is_file():
-        if kind and path.suffix == ".safetensors":
+    file, entry = split_entry(path)
+    if file.is_file():
+        if kind and (entry or file.suffix == ".safetensors"):
             raise UserError(f"{path}: is one set of weights; leave --weights-kind out, or name its folder")
         return path
     if not path.exists():
@@ -133,6 +141,7 @@ def choose_file(path: Path, kind: Kind | None) -> Path:
 
 def checksum(file: Path) -> str:
     """SHA-256 of a file; UserError where its checkpoint's manifest says otherwise."""
+    file = locate(file)
     try:
         with file.open("rb") as handle:
             found = hashlib.file_digest(handle, "sha256").hexdigest()

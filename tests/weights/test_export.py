@@ -10,6 +10,7 @@ from mcir.archs import build, parse
 from mcir.errors import UserError
 from mcir.weights.export import OFFICIAL, export
 from mcir.weights.files import build_from, load_into, save_weights
+from mcir.weights.trained import open_trained
 
 SMALL = {
     "edsr": {"name": "edsr", "scale": 2, "num_features": 8, "num_blocks": 2},
@@ -19,6 +20,7 @@ SMALL = {
     "idt": {"name": "idt", "embed_dim": 16, "mlp_ratio": 0.25},
     "nafnet": {"name": "nafnet", "width": 8, "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)},
 }
+NAFNET = "{name: nafnet, width: 8, num_encoder_blocks: [1, 1], num_decoder_blocks: [1, 1]}"
 HAT = {
     "upscale": 2,
     "img_size": 16,
@@ -43,6 +45,10 @@ def saved(folder, arch, **metadata):
     net = randomised(arch)
     save_weights(folder / "model.safetensors", net.state_dict(), {"arch": parse(arch).model_dump_json(), **metadata})
     return net
+
+
+def opened(place, **options):
+    return open_trained([str(place)], **options)[0]
 
 
 def equal(a, b):
@@ -80,9 +86,9 @@ READERS = {"ffanet": ffa, "dehazeformer": without_seven_characters, "idt": data_
 @pytest.mark.parametrize("name", SMALL)
 def test_official_repositories_and_basicsr_read_it(tmp_path, name):
     net = saved(tmp_path, SMALL[name])
-    official = export(tmp_path, "official", tmp_path / "out" / "official.pth")
+    official = export(opened(tmp_path), "official", tmp_path / "out" / "official.pth")
     assert equal(READERS.get(name, params)(official), net.state_dict())
-    assert equal(params(export(tmp_path, "basicsr", tmp_path / "basicsr.pth")), net.state_dict())
+    assert equal(params(export(opened(tmp_path), "basicsr", tmp_path / "basicsr.pth")), net.state_dict())
     # And back: what we write for others we read.
     assert load_into(build(SMALL[name]), official, strict=True).complete
 
@@ -98,7 +104,7 @@ def test_official_repositories_and_basicsr_read_it(tmp_path, name):
 def test_spandrel_detects_and_runs_it(tmp_path, arch, architecture):
     net = saved(tmp_path, arch)
     image = torch.rand(1, 3, 16, 16)
-    for path in (export(tmp_path, "basicsr", tmp_path / "net.pth"), tmp_path / "model.safetensors"):
+    for path in (export(opened(tmp_path), "basicsr", tmp_path / "net.pth"), tmp_path / "model.safetensors"):
         found = ModelLoader().load_from_file(path)
         assert found.architecture.id == architecture
         with torch.no_grad():
@@ -121,7 +127,9 @@ def test_onnx_runtime_gives_what_torch_gives(tmp_path, name):
     descriptor = parse(SMALL[name]).descriptor
     any_size = name in ("edsr", "ffanet", "nafnet")
     own = (128, 128) if descriptor.fixed_size else (64, 48)
-    path = export(tmp_path, "onnx", tmp_path / "net.onnx", size=None if any_size or descriptor.fixed_size else own)
+    path = export(
+        opened(tmp_path), "onnx", tmp_path / "net.onnx", size=None if any_size or descriptor.fixed_size else own
+    )
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for size in [(1, 3, *own), (3, 3, 21, 34)] if any_size else [(1, 3, *own)]:
         image = torch.rand(size)
@@ -134,14 +142,14 @@ def test_onnx_refuses_sizes_the_network_does_not_take(tmp_path, monkeypatch):
     monkeypatch.setattr("mcir.weights.export.find_spec", lambda name: True)
     saved(tmp_path, SMALL["idt"])
     with pytest.raises(UserError, match="128 only"):
-        export(tmp_path, "onnx", tmp_path / "net.onnx", size=(64, 64))
+        export(opened(tmp_path), "onnx", tmp_path / "net.onnx", size=(64, 64))
 
 
 def test_onnx_names_the_missing_packages(tmp_path, monkeypatch):
     monkeypatch.setattr("mcir.weights.export.find_spec", lambda name: None)
     saved(tmp_path, SMALL["edsr"])
     with pytest.raises(UserError, match=r"onnx and onnxscript: pip install 'mcir\[onnx\]'"):
-        export(tmp_path, "onnx", tmp_path / "net.onnx")
+        export(opened(tmp_path), "onnx", tmp_path / "net.onnx")
 
 
 def test_hub_folder_has_weights_config_and_card(tmp_path):
@@ -152,9 +160,9 @@ def test_hub_folder_has_weights_config_and_card(tmp_path):
         SMALL["edsr"],
         config=json.dumps(config),
         step="300000",
-        metrics=json.dumps({"Set5 psnr_y": 37.99}),
+        metrics=json.dumps({"Set5/psnr (target)": 37.99, "Set5/psnr (ema)": 38.01}),
     )
-    folder = export(tmp_path / "run", "hub-folder", tmp_path / "hub")
+    folder = export(opened(tmp_path / "run"), "hub-folder", tmp_path / "hub")
     assert {p.name for p in folder.iterdir()} == {"model.safetensors", "config.yaml", "README.md"}
     rebuilt, arch, metadata = build_from(folder)
     assert equal(rebuilt.state_dict(), net.state_dict())
@@ -165,12 +173,13 @@ def test_hub_folder_has_weights_config_and_card(tmp_path):
     assert "pipeline_tag: image-to-image" in header
     for content in (
         "DIV2K/*.parquet",
-        "| Set5 psnr_y | 37.99 |",
+        "| Set5/psnr (target) | 37.99 |",
         "step 300000",
         "mcir train config.yaml",
         "num_blocks: 2",
     ):
         assert content in card
+    assert "38.01" not in card  # the average's, which are other weights
     assert "seed: 3" in (folder / "config.yaml").read_text()
 
 
@@ -178,20 +187,20 @@ def test_foreign_weights_with_a_description(tmp_path):
     net = randomised(SMALL["nafnet"])
     torch.save({"params": net.state_dict()}, tmp_path / "foreign.pth")
     with pytest.raises(UserError, match="does not say what network"):
-        export(tmp_path / "foreign.pth", "hub-folder", tmp_path / "hub")
-    folder = export(tmp_path / "foreign.pth", "hub-folder", tmp_path / "hub", arch=SMALL["nafnet"])
+        export(opened(tmp_path / "foreign.pth"), "hub-folder", tmp_path / "hub")
+    folder = export(opened(tmp_path / "foreign.pth", archs=[NAFNET]), "hub-folder", tmp_path / "hub")
     assert equal(build_from(folder)[0].state_dict(), net.state_dict())
     with pytest.raises(UserError, match="do not fit"):
-        export(tmp_path / "foreign.pth", "basicsr", tmp_path / "x.pth", arch={**SMALL["nafnet"], "width": 16})
+        opened(tmp_path / "foreign.pth", archs=[NAFNET.replace("width: 8", "width: 16")])
 
 
 def test_wrong_requests(tmp_path, monkeypatch):
     saved(tmp_path, SMALL["edsr"])
     with pytest.raises(UserError, match="choose basicsr, official, onnx, hub-folder"):
-        export(tmp_path, "torchscript", tmp_path / "x")
+        export(opened(tmp_path), "torchscript", tmp_path / "x")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="give a folder"):
-        export(tmp_path, "hub-folder", tmp_path / "file")
+        export(opened(tmp_path), "hub-folder", tmp_path / "file")
 
 
 def test_a_file_does_not_import_code_unless_allowed(tmp_path, monkeypatch):
@@ -201,8 +210,31 @@ def test_a_file_does_not_import_code_unless_allowed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     saved(tmp_path, {"name": "import", "target": "own_network:Net"})
     with pytest.raises(UserError, match="asks to import own_network:Net"):
-        export(tmp_path, "basicsr", tmp_path / "x.pth")
-    assert export(tmp_path, "basicsr", tmp_path / "x.pth", allow_import=True).exists()
+        export(opened(tmp_path), "basicsr", tmp_path / "x.pth")
+    assert export(opened(tmp_path, allow_import=True), "basicsr", tmp_path / "x.pth").exists()
     with pytest.raises(UserError, match="no published repository"):
-        export(tmp_path, "official", tmp_path / "x.pth", allow_import=True)
+        export(opened(tmp_path, allow_import=True), "official", tmp_path / "x.pth")
     assert "import" not in OFFICIAL
+
+
+def test_runs_and_default_names(tmp_path, monkeypatch):
+    """As `mcir evaluate` takes them: a run means its best checkpoint, and the average where there is one."""
+    checkpoint = tmp_path / "runs" / "mine" / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    saved(checkpoint, SMALL["edsr"], step="4")
+    (checkpoint / "model.safetensors").rename(checkpoint / "target")
+    measured = json.dumps({"Set5/psnr (target)": 37.99, "Set5/psnr (ema)": 38.01})
+    average = saved(checkpoint, SMALL["edsr"], step="4", metrics=measured)
+    (checkpoint / "model.safetensors").rename(checkpoint / "ema.safetensors")
+    (checkpoint / "target").rename(checkpoint / "model.safetensors")
+    (checkpoint / "state.json").write_text('{"best": null}')
+    monkeypatch.chdir(tmp_path)
+    path = export(opened("runs/mine"), "basicsr")
+    assert path.name == "mine.pth"
+    assert equal(params(path), average.state_dict())
+    with pytest.raises(UserError, match="give --output"):
+        export(opened("runs/mine"), "basicsr")
+    card = (export(opened("runs/mine"), "hub-folder") / "README.md").read_text()
+    assert "38.01" in card
+    assert "37.99" not in card
+    assert not equal(params(export(opened("runs/mine", kind="target"), "basicsr", tmp_path / "t.pth")), params(path))

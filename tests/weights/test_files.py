@@ -1,5 +1,7 @@
+import argparse
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,7 +137,7 @@ def test_unreadable_files_are_named(tmp_path):
 
 def test_reports_every_name_that_does_not_fit(tmp_path):
     sd = small(num_features=8).state_dict()
-    sd["extra.weight"] = torch.zeros(2)
+    sd["body.7.weight"] = sd["criterion.weight"] = sd["conv_first.total_ops"] = torch.zeros(2)
     del sd["conv_last.bias"]
     sd["conv_last.weight"] = torch.zeros(5, 8, 3, 3)
     torch.save(sd, tmp_path / "net.pth")
@@ -143,12 +145,13 @@ def test_reports_every_name_that_does_not_fit(tmp_path):
     before = net.conv_last.weight.clone()
     report = load_into(net, tmp_path / "net.pth")
     assert report.missing == ("conv_last.bias",)
-    assert report.unexpected == ("extra.weight",)
+    assert report.unexpected == ("body.7.weight",)
+    assert set(report.foreign) == {"criterion.weight", "conv_first.total_ops"}
     assert report.mismatched == (("conv_last.weight", (5, 8, 3, 3), (3, 8, 3, 3)),)
     assert torch.equal(net.conv_last.weight, before)
-    for fragment in ("conv_last.bias", "extra.weight", "conv_last.weight [5, 8, 3, 3] -> [3, 8, 3, 3]"):
+    for fragment in ("conv_last.bias", "body.7.weight", "conv_last.weight [5, 8, 3, 3] -> [3, 8, 3, 3]"):
         assert fragment in str(report)
-    with pytest.raises(UserError, match=r"extra\.weight"):
+    with pytest.raises(UserError, match=r"body\.7\.weight"):
         load_into(net, tmp_path / "net.pth", strict=True)
 
 
@@ -258,3 +261,47 @@ def test_a_zoo_network_rebuilds_without_the_file_it_started_from(tmp_path):
     (tmp_path / "start.pth").unlink()
     net, _, _ = build_from(tmp_path)
     assert equal(net.state_dict(), compact.state_dict())
+
+
+def test_what_is_no_part_of_the_network_is_left_aside_and_said(tmp_path, caplog):
+    net = small(num_features=8)
+    beside = {"n_averaged": torch.tensor(3), "criterion.vgg.weight": torch.zeros(2), "body.0.total_ops": torch.zeros(1)}
+    torch.save(net.state_dict() | beside, tmp_path / "net.pth")
+    assert load_into(small(num_features=8), tmp_path / "net.pth", strict=True).complete
+    assert "3 beside them are of no part of it" in caplog.text
+
+
+def test_a_start_from_next_to_nothing_is_refused(tmp_path):
+    net = small(num_features=8)
+    torch.save({"conv_last.bias": torch.zeros(3)}, tmp_path / "one.pth")
+    with pytest.raises(UserError, match=r"init_from: 0\.\d% of the network.*init_share \(50%\)"):
+        load_into(net, tmp_path / "one.pth", min_share=0.5)
+    share = 3 / sum(t.numel() for t in net.state_dict().values())
+    assert load_into(net, tmp_path / "one.pth").share == pytest.approx(share)
+
+
+def test_values_that_are_not_finite_are_said(tmp_path):
+    state = small(num_features=8).state_dict()
+    state["conv_last.bias"][1] = torch.nan
+    torch.save(state, tmp_path / "net.pth")
+    with pytest.raises(UserError, match=r"1 of its tensors hold values that are not finite \(conv_last\.bias"):
+        load_into(small(num_features=8), tmp_path / "net.pth")
+
+
+def test_a_tensor_beside_the_state_dict_and_other_left_overs(tmp_path):
+    net = small(num_features=8)
+    content = {"model_state_dict": net.state_dict(), "loss": torch.tensor(0.1), "best_psnr": torch.tensor(30.0)}
+    more = {"hyper_parameters": argparse.Namespace(lr=1e-4, folder=Path("runs")), "optimizer": {"state": {}}}
+    torch.save(content, tmp_path / "a.PTH")
+    torch.save(content | more, tmp_path / "b.ckpt")
+    for name in ("a.PTH", "b.ckpt"):
+        assert equal(read_state_dict(tmp_path / name), net.state_dict())
+
+
+def test_an_entry_is_named_in_brackets(tmp_path):
+    first, second = small(num_features=8), small(num_features=8)
+    torch.save({"a": {"weight_entry": first.state_dict()}, "params": second.state_dict()}, tmp_path / "net.pth")
+    assert equal(read_state_dict(tmp_path / "net.pth[a.weight_entry]"), first.state_dict())
+    assert equal(read_state_dict(tmp_path / "net.pth"), second.state_dict())
+    with pytest.raises(UserError, match="has no entry b; there is a, params"):
+        read_state_dict(tmp_path / "net.pth[b]")
