@@ -21,10 +21,9 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from mcir.archs.base import images_of
+from mcir.bench.counts import count_flops, count_operators
 from mcir.config import RunConfig
 from mcir.data.loader import Batch
 from mcir.objective.reconstruction import Reconstruction
@@ -253,32 +252,6 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
 def open_engine(config: RunConfig, folder: str) -> Engine:
     """The engine of a fresh run without validation, in a folder that will be gone."""
     return build_engine(config.model_copy(update={"runs_dir": folder, "validation": None, "init_from": None}))
-
-
-def count_flops(step: Callable[[Sequence[Batch]], Any], batches: Sequence[Batch]) -> int:
-    """Floating point operations of a step on this process: products and sums of convolutions, matrix products and
-    attention, by torch's counter."""
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-        step(batches)
-    return counter.get_total_flops()
-
-
-class _Operators(TorchDispatchMode):
-    """Counts what is dispatched to the device: each operator but those that only look at memory another way."""
-
-    num = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.num += not function.is_view
-        return function(*args, **(kwargs or {}))
-
-
-def count_operators(step: Callable[[Sequence[Batch]], Any], batches: Sequence[Batch]) -> int:
-    """Operators of a step without compiled graphs: on a GPU each is a launch at least, which small networks wait
-    for."""
-    with _Operators() as counter, torch.compiler.set_stance("force_eager"):
-        step(batches)
-    return counter.num
 
 
 def report(result: dict[str, Any]) -> Iterator[str | Table]:

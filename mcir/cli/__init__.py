@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from mcir.cli.arguments import Configs, ManyValues, split
+from mcir.cli.config import app as config_app
 from mcir.cli.data import app as data_app
 from mcir.cli.study import study
 from mcir.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-config_app = typer.Typer(no_args_is_help=True, help="Check, show and document configs.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.command(cls=ManyValues)(study)
@@ -269,41 +269,6 @@ def runs(
         print(dumps(records, indent=1))
     else:
         Console().print(table(records))
-
-
-@config_app.command()
-def check(files: Annotated[list[Path], typer.Argument(help="Each file is checked on its own.")]) -> None:
-    """Check configs; every mistake of every file is reported."""
-    from mcir.config import load
-
-    faults = []
-    for file in files:
-        try:
-            load([file])
-        except UserError as error:
-            faults.append(str(error))
-        else:
-            print(f"{file}: ok")
-    if faults:
-        raise UserError("\n".join(faults))
-
-
-@config_app.command()
-def show(configs: Configs) -> None:
-    """Print the resolved config: files merged, overrides applied, defaults filled in."""
-    from mcir.config import dump, load
-
-    print(dump(load(*split(configs))), end="")
-
-
-@config_app.command()
-def schema() -> None:
-    """Print the JSON schema of a config."""
-    import json
-
-    from mcir.config import RunConfig
-
-    print(json.dumps(RunConfig.model_json_schema(), indent=1))
 
 
 def _tile(text: str | None) -> Any:

@@ -19,10 +19,8 @@ from mcir.data.loader import Batch, Loader
 from mcir.data.stages import phase_of
 from mcir.errors import UserError
 from mcir.evaluation.evaluate import try_first
-from mcir.evaluation.pictures import sources_table
 from mcir.objective.negatives import Negatives, restoration_error
 from mcir.objective.objective import Objective
-from mcir.objective.sources import PREFIX, read_sources
 from mcir.parallel.accelerator import (
     AUTOCAST,
     autocast,
@@ -35,15 +33,16 @@ from mcir.parallel.accelerator import (
 from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import cuts_weights
 from mcir.train import runs
-from mcir.train.checkpoint import Checkpoint, Checkpointer, is_healthy
+from mcir.train.checkpoint import Checkpoint, Checkpointer
 from mcir.train.ema import EMA
+from mcir.train.log import log_step
 from mcir.train.memory import micro_batches
 from mcir.train.optim import set_lr
 from mcir.train.record import Record
 from mcir.train.state import State
-from mcir.train.steady import UNEVEN, Pace, SteadyCollector
+from mcir.train.steady import Pace, SteadyCollector
 from mcir.train.stop import StopRequest
-from mcir.train.tracking import Meter, Tracker, memory_gib
+from mcir.train.tracking import Meter, Tracker
 from mcir.train.trial import require_still_shared, try_network
 from mcir.train.validation import Validation
 from mcir.train.watch import Watch
@@ -147,14 +146,7 @@ class Engine:
             place = (self.config.seed, self.state.step, i, self.accelerator.process_index)
             torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
             with self.accelerator.accumulate(self.model):
-                with autocast(self.accelerator), self.pace:
-                    restored, *others = images_of(self.model(batch.degraded))  # (B, 3, s * H, s * W)
-                    past = [*self.negatives(batch.degraded, place[:-1]), *batch.extra]
-                    losses = self.objective(restored, batch.clean, batch.degraded, past, batch.source, others)
-                    if self.negatives.has_triggers:
-                        losses["error"] = restoration_error(restored, batch.clean)
-                    if batch.weight != 1:
-                        losses = {name: value * batch.weight for name, value in losses.items()}
+                losses = self._losses(batch, place[:-1])
                 total = losses["total"] * self.state.watch.gate if self.state.watch else losses["total"]
                 self.accelerator.backward(scale(total) if scale else total)
                 if self.accelerator.sync_gradients:
@@ -175,6 +167,17 @@ class Engine:
         if self.state.watch:
             self.state.watch.see(self.state.step, agreed["reconstruction"], agreed.get("contrast"), norm)
         return {**sums, "grad_norm": norm, "skipped": skipped}
+
+    def _losses(self, batch: Batch, place: tuple[int, int, int]) -> dict[str, Tensor]:
+        """Of one micro-batch on this rank, with gradients; `place` (seed, step, micro-batch) seeds what the negatives
+        draw."""
+        with autocast(self.accelerator), self.pace:
+            restored, *others = images_of(self.model(batch.degraded))  # (B, 3, s * H, s * W)
+            past = [*self.negatives(batch.degraded, place), *batch.extra]
+            losses = self.objective(restored, batch.clean, batch.degraded, past, batch.source, others)
+            if self.negatives.has_triggers:
+                losses["error"] = restoration_error(restored, batch.clean)
+            return losses if batch.weight == 1 else {name: value * batch.weight for name, value in losses.items()}
 
     def _agreed(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The means over ranks of what decisions are made by. Gathered and not reduced: all ranks add the same numbers
@@ -213,7 +216,7 @@ class Engine:
                 last = self.state.step == config.steps
                 save = last or exit_code or self.state.step % config.checkpoint.every == 0
                 if last or exit_code or self.state.step % config.tracking.log_every == 0:
-                    self._log(tracker, meter)
+                    log_step(self, tracker, meter)
                 if config.validation and (last or self.state.step % config.validation.every == 0):
                     with meter.pause():
                         best = self.validation.run(config.validation, self.state, tracker, self.record, last)
@@ -226,50 +229,6 @@ class Engine:
             self.record.end(exit_code, self.state.step)
             self.accelerator.wait_for_everyone()  # a launcher may end all when the first process has ended
         return exit_code
-
-    def _log(self, tracker: Tracker, meter: Meter) -> None:
-        waited = meter.waited
-        values, speed = meter.read(self.accelerator)
-        uneven, slowest = self.pace.read(self.accelerator, waited)
-        if uneven > UNEVEN and self.accelerator.num_processes > 1:
-            tracker.message(
-                f"step {self.state.step}: rank {slowest} takes {uneven:.2f} times as long as the fastest for its data "
-                "and forward pass, and all wait for it: look at its host's disk, GPU clocks and other work"
-            )
-        watched, said = self.state.watch.report(self.checkpointer.folder) if self.state.watch else ({}, None)
-        if said:
-            tracker.message(f"step {self.state.step}: {said}")
-        if self.most_skipped > self.config.optim.max_skipped:
-            last = self.checkpointer.latest()
-            good = last if last and is_healthy(last.path) else None
-            raise UserError(
-                f"the gradient was not finite in {int(self.most_skipped)} steps in a row, up to step {self.state.step} "
-                f"(more than optim.max_skipped); the last good checkpoint is {good.path if good else 'none'}. "
-                "Lower the learning rate, set optim.max_grad_norm, or look at the data"
-            )
-        scalars = {f"optim/{name}": values.pop(name) for name in ("grad_norm", "skipped")}
-        sources = read_sources(values, self.config.data.labels)
-        values = {name: value for name, value in values.items() if not name.startswith(PREFIX)}
-        scalars |= {f"{PREFIX}{label}/{name}": value for label, of in sources.items() for name, value in of.items()}
-        if self.objective.weight is not None:
-            scalars["contrast/weight"] = float(self.objective.weight.value)
-            scalars["contrast/share"] = abs(values["contrast"]) / max(abs(values["reconstruction"]), 1e-12)
-        if "error" in values:
-            scalars["negatives/error"] = values.pop("error")
-        scalars |= {f"loss/{name}": value for name, value in values.items()} | watched
-        scalars |= {f"negatives/age_{k}": float(age) for k, age in enumerate(self.negatives.age(self.state.step))}
-        scalars |= {
-            "optim/lr": self.config.optim.lr(self.state.step, self.config.steps),
-            **{f"speed/{name}": value for name, value in speed.items()},
-            "speed/slowest_rank": uneven,
-            "speed/memory_gib": memory_gib(self.accelerator.device),
-            "data/skipped": float(self.state.num_skipped()),
-        }
-        tracker.scalars(self.state.step, scalars)
-        tracker.status(self.state.step, values, speed["images_per_s"], speed["data_wait"])
-        self.record.update(step=self.state.step, images_per_s=speed["images_per_s"])
-        if sources and self.state.step == self.config.steps and self.accelerator.is_main_process:
-            tracker.console.print(sources_table(sources))
 
     def begin(self, start: runs.Start) -> None:
         """Open the run directory: from now on a run is there. Collective."""

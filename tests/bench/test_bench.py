@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from mcir.bench.bench import PARTS, Reference, Stopwatch, bench, count_flops, count_operators, open_engine, report
+from mcir.bench.bench import PARTS, Reference, Stopwatch, bench, open_engine, report
+from mcir.bench.counts import count_flops, count_operators
 from mcir.bench.sweep import Trial, dump, overlay
 from mcir.cli import main
 from mcir.config import load, validate

@@ -1,0 +1,36 @@
+"""Numbers of a step that do not depend on the machine: floating point operations, and operators sent to the device."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mcir.data.loader import Batch
+
+
+def count_flops(step: Callable[[Sequence[Batch]], Any], batches: Sequence[Batch]) -> int:
+    """Floating point operations of a step on this process: products and sums of convolutions, matrix products and
+    attention, by torch's counter."""
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+        step(batches)
+    return counter.get_total_flops()
+
+
+class _Operators(TorchDispatchMode):
+    """Counts what is dispatched to the device: each operator but those that only look at memory another way."""
+
+    num = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def count_operators(step: Callable[[Sequence[Batch]], Any], batches: Sequence[Batch]) -> int:
+    """Operators of a step without compiled graphs: on a GPU each is a launch at least, which small networks wait
+    for."""
+    with _Operators() as counter, torch.compiler.set_stance("force_eager"):
+        step(batches)
+    return counter.num
