@@ -147,7 +147,7 @@ def inspect(
 
 
 def _degradation(text: str | None) -> Any:
-    from mcir.data.degrade import AnyDegradation
+    from mcir.data.chain import AnyDegradation
 
     return None if text is None else _parsed(AnyDegradation, text, "--degradation")
 

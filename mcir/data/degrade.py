@@ -83,9 +83,9 @@ class Noise(Degradation):
     """Standard deviation in 1/255."""
 
     def __call__(self, clean: Tensor, rng: np.random.Generator) -> Tensor:
-        sigma = _draw(rng, self.sigma) / 255
+        sigma = draw(rng, self.sigma) / 255
         noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
-        return _like(clean, _unit(clean) + sigma * noise)
+        return like(clean, unit(clean) + sigma * noise)
 
 
 class Jpeg(Degradation):
@@ -97,12 +97,7 @@ class Jpeg(Degradation):
     """libjpeg quality, 1 to 100."""
 
     def __call__(self, clean: Tensor, rng: np.random.Generator) -> Tensor:
-        low, high = self.quality if isinstance(self.quality, tuple) else (self.quality, self.quality)
-        pixels = (_unit(clean) * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
-        stream = io.BytesIO()
-        image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-        image.save(stream, "JPEG", quality=int(rng.integers(low, high + 1)))
-        return _like(clean, torch.from_numpy(np.array(Image.open(stream))).permute(2, 0, 1).contiguous().float() / 255)
+        return like(clean, compressed(unit(clean), draw_whole(rng, self.quality)))
 
 
 class GaussianBlur(Degradation):
@@ -114,11 +109,11 @@ class GaussianBlur(Degradation):
     """Standard deviation in pixels."""
 
     def __call__(self, clean: Tensor, rng: np.random.Generator) -> Tensor:
-        sigma = _draw(rng, self.sigma)
+        sigma = draw(rng, self.sigma)
         x = torch.arange(-int(np.ceil(4 * sigma)), int(np.ceil(4 * sigma)) + 1)
         kernel = torch.exp(-0.5 * (x / sigma) ** 2)
         kernel = kernel[:, None] * kernel
-        return _like(clean, _convolve(_unit(clean), kernel / kernel.sum()))
+        return like(clean, convolve(unit(clean), kernel / kernel.sum()))
 
 
 class MotionBlur(Degradation):
@@ -132,8 +127,8 @@ class MotionBlur(Degradation):
     """Degrees against the horizontal, counter-clockwise."""
 
     def __call__(self, clean: Tensor, rng: np.random.Generator) -> Tensor:
-        length, angle = _draw(rng, self.length), _draw(rng, self.angle)
-        return _like(clean, _convolve(_unit(clean), line_kernel(length, angle)))
+        length, angle = draw(rng, self.length), draw(rng, self.angle)
+        return like(clean, convolve(unit(clean), line_kernel(length, angle)))
 
 
 class Haze(Degradation):
@@ -152,7 +147,7 @@ class Haze(Degradation):
     """A, the colour of the haze, a grey."""
 
     def __call__(self, clean: Tensor, rng: np.random.Generator) -> Tensor:
-        beta, airlight = _draw(rng, self.beta), _draw(rng, self.airlight)
+        beta, airlight = draw(rng, self.beta), draw(rng, self.airlight)
         return haze(clean, synthetic_depth(clean.shape[-2], clean.shape[-1], rng), beta, airlight)
 
 
@@ -176,7 +171,7 @@ class Rain(Degradation):
     """Brightness of the brightest single streak."""
 
     def __call__(self, clean: Tensor, rng: np.random.Generator) -> Tensor:
-        density, length, angle = _draw(rng, self.density), _draw(rng, self.length), _draw(rng, self.angle)
+        density, length, angle = draw(rng, self.density), draw(rng, self.length), draw(rng, self.angle)
         kernel = line_kernel(length, angle)
         kernel /= kernel.max()
         # Drops also lie around the image, so that streaks enter it from outside.
@@ -184,18 +179,17 @@ class Rain(Degradation):
         fallen = rng.random((height, width), dtype=np.float32) < density
         drops = np.where(fallen, rng.uniform(0.5, 1.0, (height, width)), 0.0).astype(np.float32)
         streaks = _convolve_inside(torch.from_numpy(drops)[None], kernel)
-        return _like(clean, (_unit(clean) + _draw(rng, self.strength) * streaks).clamp(max=1))
+        return like(clean, (unit(clean) + draw(rng, self.strength) * streaks).clamp(max=1))
 
 
-AnyDegradation = Annotated[
-    Bicubic | LowResolution | Noise | Jpeg | GaussianBlur | MotionBlur | Haze | Rain, Field(discriminator="name")
-]
+Single = Bicubic | LowResolution | Noise | Jpeg | GaussianBlur | MotionBlur | Haze | Rain
+"""All of them but a chain of several: `mcir.data.chain.AnyDegradation`."""
 
 
 def haze(clean: Tensor, depth: Tensor, beta: float, airlight: float) -> Tensor:
     """J t + A (1 - t) with t = exp(-beta * depth): clean (3, H, W) uint8 or float in [0, 1], depth (H, W)."""
     transmission = torch.exp(-beta * depth)
-    return _like(clean, _unit(clean) * transmission + airlight * (1 - transmission))
+    return like(clean, unit(clean) * transmission + airlight * (1 - transmission))
 
 
 def synthetic_depth(height: int, width: int, rng: np.random.Generator) -> Tensor:
@@ -224,21 +218,33 @@ def line_kernel(length: float, angle: float) -> Tensor:
     return torch.from_numpy(near_y.T @ near_x / len(along)).float()
 
 
-def _draw(rng: np.random.Generator, value: float | tuple[float, float]) -> float:
+def compressed(image: Tensor, quality: int) -> Tensor:
+    """(3, H, W), float, through a JPEG of 8 bits and back to float in [0, 1]."""
+    pixels = (image * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(stream, "JPEG", quality=quality)
+    return torch.from_numpy(np.array(Image.open(stream))).permute(2, 0, 1).contiguous().float() / 255
+
+
+def draw(rng: np.random.Generator, value: float | tuple[float, float]) -> float:
     return float(rng.uniform(*value)) if isinstance(value, tuple) else float(value)
 
 
-def _unit(image: Tensor) -> Tensor:
+def draw_whole(rng: np.random.Generator, value: int | tuple[int, int]) -> int:
+    return int(rng.integers(value[0], value[1] + 1)) if isinstance(value, tuple) else value
+
+
+def unit(image: Tensor) -> Tensor:
     return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
-def _like(clean: Tensor, degraded: Tensor) -> Tensor:
+def like(clean: Tensor, degraded: Tensor) -> Tensor:
     if clean.dtype == torch.uint8:
         return (degraded * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
     return degraded.to(clean.dtype)
 
 
-def _convolve(image: Tensor, kernel: Tensor) -> Tensor:
+def convolve(image: Tensor, kernel: Tensor) -> Tensor:
     """(C, H, W) with an odd kernel, same size, borders mirrored with the border pixel (torch pads no such way)."""
     for dim, size in ((-2, kernel.shape[0]), (-1, kernel.shape[1])):
         side = image.shape[dim]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mcir.data.degrade import AnyDegradation
+from mcir.data.chain import AnyDegradation
 from mcir.data.pairs import Pairs, Split
 from mcir.errors import UserError
 

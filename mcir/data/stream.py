@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from mcir.data.degrade import AnyDegradation
+from mcir.data.chain import AnyDegradation
 from mcir.data.mixup import Mixup
 from mcir.data.order import VERSION, Mixture, Order, share
 from mcir.data.rows import Row, Units

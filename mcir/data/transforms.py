@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mcir.data.chain import AnyDegradation, Chain
 from mcir.data.decode import decode, image_size
-from mcir.data.degrade import AnyDegradation, Bicubic
+from mcir.data.degrade import Bicubic
 from mcir.data.resize import imresize_crop
 from mcir.data.rows import Row
 from mcir.errors import UserError
@@ -64,20 +65,29 @@ def training_pair(
         )
     rows, columns = max(height, size), max(width, size)
     top, left = (_start(side, size, edge_decay, rng) for side in (rows, columns))
-    below = 2 * scale if isinstance(degradation, Bicubic) else 0  # its kernel reaches beyond the crop
-    clean = decode(row.clean, f"{row.where}, clean", bottom=(top + size) * scale + below)
+    below = (top + size) * scale
+    if isinstance(degradation, Bicubic):
+        below += 2 * scale  # its kernel reaches beyond the crop
+    elif isinstance(degradation, Chain):
+        below += degradation.window_size
+    clean = decode(row.clean, f"{row.where}, clean", bottom=below)
     if is_small:
         clean = _reflected(clean[:, : height * scale, : width * scale], crop_size)
     if isinstance(degradation, Bicubic):
         multiple = clean[:, : rows * scale, : columns * scale]
         degraded = imresize_crop(multiple, 1 / scale, top, left, size, size)
+    elif isinstance(degradation, Chain):
+        wide = max(size, degradation.window_size // scale)
+        y, x = (_around(*side, size, wide, rng) for side in ((rows, top), (columns, left)))
+        seen = clean[:, y.start * scale : y.stop * scale, x.start * scale : x.stop * scale]
+        degraded = degradation(seen, rng)[:, top - y.start :, left - x.start :][:, :size, :size]
     clean = clean[:, top * scale : top * scale + crop_size, left * scale : left * scale + crop_size]
     if row.degraded is not None:
         degraded = decode(row.degraded, f"{row.where}, degraded", bottom=top + size)
         if is_small:
             degraded = _reflected(degraded, size)
         degraded = degraded[:, top : top + size, left : left + size]
-    elif not isinstance(degradation, Bicubic):
+    elif not isinstance(degradation, Bicubic | Chain):
         assert degradation is not None
         degraded = degradation(clean, rng)
     extra = []
@@ -109,6 +119,13 @@ def _start(side: int, size: int, edge_decay: float, rng: np.random.Generator) ->
     if edge_decay and rng.random() < edge_decay * size / side:
         return int(rng.integers(2)) * (side - size)
     return int(rng.integers(side - size + 1))
+
+
+def _around(side: int, start: int, size: int, window: int, rng: np.random.Generator) -> slice:
+    """`window` pixels of a side, or all of it where it is shorter, that hold the crop anywhere in them."""
+    window = min(window, side)
+    first = int(rng.integers(max(0, start + size - window), min(start, side - window) + 1))
+    return slice(first, first + window)
 
 
 def _degraded_size(row: Row, scale: int, degradation: AnyDegradation | None) -> tuple[int, int]:

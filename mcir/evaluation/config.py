@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
-from mcir.data.degrade import AnyDegradation
+from mcir.data.chain import AnyDegradation
 from mcir.data.sources import AnySource
 from mcir.evaluation.metrics import PROTOCOLS
 from mcir.evaluation.perceptual import AnyMetric

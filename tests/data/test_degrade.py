@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
+from mcir.data.chain import AnyDegradation
 from mcir.data.degrade import (
-    AnyDegradation,
     Bicubic,
     GaussianBlur,
     Haze,
