@@ -1,20 +1,12 @@
-"""What tests need of their surroundings: the shared golden data, a GPU, a process that computes in no precision yet."""
+"""What tests need of their surroundings: the shared data, a GPU, a process that computes in no precision yet."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-SHARED = Path(os.environ.get("MCIR_SHARED", Path(__file__).parents[2] / "shared"))
-
-
-@pytest.fixture
-def golden() -> Path:
-    if not (SHARED / "golden").is_dir():
-        pytest.skip("no shared/golden beside this checkout (set MCIR_SHARED)")
-    return SHARED / "golden"
+from tests.golden import SHARED
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Each contrast against the numbers of the official code (shared/golden, whose metadata says what they are of)."""
+"""Each contrast against the numbers of the official code (tests/golden, where the metadata says what they are of)."""
 
 import json
 import math
@@ -6,7 +6,6 @@ import zlib
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torchvision import models
 
@@ -16,6 +15,7 @@ from mcir.objective.infonce import InfoNCEConfig
 from mcir.objective.objective import Objective, ObjectiveConfig
 from mcir.objective.pcl import PCLConfig, blurred, dual, haar, info_nce, sharpened
 from mcir.objective.ratio import RatioConfig
+from tests.golden import at_places, read
 
 CR_LAYERS = {"relu1_1": 1 / 32, "relu2_1": 1 / 16, "relu3_1": 1 / 8, "relu4_1": 1 / 4, "relu5_1": 1.0}
 RESNET_LAYERS = {"layer1": 1 / 16, "layer2": 1 / 8, "layer3": 1 / 4, "layer4": 1.0}
@@ -48,14 +48,14 @@ def vgg19(tmp_path_factory) -> FeaturesConfig:
     return FeaturesConfig(network="vgg19", layers=CR_LAYERS, normalise="none", weights=path)
 
 
-def case(path):
-    with safe_open(path, "pt") as f:
-        return f.metadata(), {key: f.get_tensor(key).double() for key in f.keys()}  # noqa: SIM118
+def case(name):
+    meta, tensors = read(name)
+    return meta, {key: value.double() for key, value in tensors.items()}
 
 
-def assert_golden(config, clean, degraded, past, restored, value, gradient=None, best_psnr=0.0):
-    """The contrast in fp32, and in float64 with its gradient: in fp32 a difference of features that is almost zero may
-    get the other sign, and its place another gradient."""
+def assert_golden(config, clean, degraded, past, restored, value, t=None, best_psnr=0.0):
+    """The contrast in fp32, and in float64 with its gradient, where `t` has it: in fp32 a difference of features that
+    is almost zero may get the other sign, and its place another gradient."""
     objective = Objective(ObjectiveConfig(contrast=config)).train()  # which must not reach the features
     if best_psnr:
         objective.validated(best_psnr)
@@ -65,23 +65,27 @@ def assert_golden(config, clean, degraded, past, restored, value, gradient=None,
         clean, degraded, past = clean.to(dtype), degraded.to(dtype), [image.to(dtype) for image in past]
         found = objective(x, clean, degraded, past)["contrast"]
         assert found.item() == pytest.approx(float(value), rel=1e-6 if dtype == torch.float64 else 1e-5)
-        if dtype == torch.float64 and gradient is not None:
+        if dtype == torch.float64 and t is not None:
             found.backward()
-            assert (x.grad - gradient).abs().max() <= 2e-5 * gradient.abs().max()
+            assert_gradient(x.grad, t)
+
+
+def assert_gradient(found, t):
+    assert (at_places(found, "grad", t) - t["grad"]).abs().max() <= 2e-5 * t["grad"].abs().max()
 
 
 def images(t, prefix="n."):
     return [t[f"{prefix}{k}"] for k in range(sum(key.startswith(prefix) for key in t))]
 
 
-def test_cr(golden, vgg19):
-    _, t = case(golden / "contrast_cr.safetensors")
+def test_cr(vgg19):
+    _, t = case("contrast_cr.safetensors")
     config = RatioConfig(features=vgg19, negatives=(), degraded=True, weight=1.0)
-    assert_golden(config, t["y"], t["x"], [], t["J"], t["loss"], t["grad"])
+    assert_golden(config, t["y"], t["x"], [], t["J"], t["loss"], t)
 
 
-def test_ccr_and_its_curriculum(golden, vgg19):
-    meta, t = case(golden / "contrast_ccr.safetensors")
+def test_ccr_and_its_curriculum(vgg19):
+    meta, t = case("contrast_ccr.safetensors")
     constants = json.loads(meta["constants"])
     config = RatioConfig(
         features=vgg19,
@@ -98,31 +102,30 @@ def test_ccr_and_its_curriculum(golden, vgg19):
         contrast.best_psnr.fill_(best)
         assert contrast.weights() == pytest.approx(weights.tolist(), rel=1e-6)
     for state in (0, constants["at"]):
-        gradient = t["grad"] if state == constants["at"] else None
+        with_gradient = t if state == constants["at"] else None
         best, value = float(t["best_psnr"][state]), t["loss.states"][state]
-        assert_golden(config, t["y"], t["x"], images(t), t["J"], value, gradient, best)
+        assert_golden(config, t["y"], t["x"], images(t), t["J"], value, with_gradient, best)
 
 
-def test_dcr(golden, vgg19):
-    _, t = case(golden / "contrast_dcr.safetensors")
+def test_dcr(vgg19):
+    _, t = case("contrast_dcr.safetensors")
     config = RatioConfig(features=vgg19, negatives=({"views": 5},), weight=0.1)
-    assert_golden(config, t["y"], t["y"], images(t), t["J"], t["loss"], t["grad"])
+    assert_golden(config, t["y"], t["y"], images(t), t["J"], t["loss"], t)
 
 
-def test_pne(golden, vgg19):
-    _, t = case(golden / "contrast_pne.safetensors")
+def test_pne(vgg19):
+    _, t = case("contrast_pne.safetensors")
     config = InfoNCEConfig(features=vgg19, negatives=({},) * 3, weight=1.0)
-    assert_golden(config, t["y"], t["y"], images(t), t["J"], t["loss"], t["grad"])
+    assert_golden(config, t["y"], t["y"], images(t), t["J"], t["loss"], t)
 
 
-def test_the_cr_of_mixdehazenet(golden, tmp_path):
-    _, t = case(golden / "contrast_cr_resnet152.safetensors")
+def test_the_cr_of_mixdehazenet(tmp_path):
+    _, t = case("contrast_cr_resnet152.safetensors")
     path = features_file(tmp_path, "resnet152")
     for normalise, key in (("minus_one_to_one", "loss"), ("none", "loss.unit_range")):
         features = FeaturesConfig(network="resnet152", layers=RESNET_LAYERS, normalise=normalise, weights=path)
         config = RatioConfig(features=features, negatives=(), degraded=True, weight=1.0)
-        gradient = t["grad"] if key == "loss" else None
-        assert_golden(config, t["y"], t["x"], [], t["J"], t[key], gradient)
+        assert_golden(config, t["y"], t["x"], [], t["J"], t[key], t if key == "loss" else None)
 
 
 def test_distances_and_their_gradients_are_autograd_s():
@@ -191,9 +194,9 @@ def fill_embedding(embedding):
                 p.copy_(1 + 0.1 * n if name.endswith("weight") else 0.1 * n)
 
 
-def test_pcl_and_a_step_of_its_embedding(golden):
+def test_pcl_and_a_step_of_its_embedding():
     """The positives y, n.3, n.4, n.5, and low, n.0, n.1, n.2 as negatives."""
-    _, t = case(golden / "contrast_pcl.safetensors")
+    _, t = case("contrast_pcl.safetensors")
     roles = ["negative"] * 3 + ["anchor"] * 3
     config = PCLConfig(negatives=[{"role": role} for role in roles], degraded=True, weight=1.0)
     objective = Objective(ObjectiveConfig(contrast=config)).double()
@@ -202,15 +205,15 @@ def test_pcl_and_a_step_of_its_embedding(golden):
     value = objective.eval()(restored, t["y"], t["low"], images(t))["contrast"]
     assert value.item() == pytest.approx(float(t["loss"]), rel=1e-6)
     value.backward()  # and it does reach the restored image
-    assert (restored.grad - t["grad"]).abs().max() <= 2e-5 * t["grad"].abs().max()
+    assert_gradient(restored.grad, t)
     stepped = objective.train()(restored, t["y"], t["low"], images(t))["contrast"]
     assert stepped.item() == pytest.approx(float(t["step.loss"]), rel=1e-5)
     assert float(t["step.loss"]) != pytest.approx(float(t["loss"]), rel=1e-5)
     assert not any(p.requires_grad for p in objective.parameters())
 
 
-def test_pcl_s_losses_of_given_embeddings(golden):
-    _, t = case(golden / "contrast_pcl.safetensors")
+def test_pcl_s_losses_of_given_embeddings():
+    _, t = case("contrast_pcl.safetensors")
     given = t["given.J"].clone().requires_grad_()
     value = info_nce(given, images(t, "given.positive."), images(t, "given.negative."))
     value.backward()

@@ -12,6 +12,7 @@ from mcir.data.loader import Batch
 from mcir.errors import UserError
 from mcir.parallel.shards import full_params
 from mcir.train.engine import build_engine
+from tests.golden import find
 from tests.runs import tiny_config
 
 
@@ -19,10 +20,10 @@ def relative(a, b):
     return float((a.cpu() - b).abs().max() / b.abs().max())
 
 
-def test_reproduces_the_published_multi_negative_trajectory(golden, shared_data, tmp_path):
+def test_reproduces_the_published_multi_negative_trajectory(shared_data, tmp_path):
     """golden/spn_trajectory: the official code's losses and final weights over 12 steps with two negatives and an
     EMA."""
-    with safe_open(golden / "spn_trajectory.safetensors", "pt") as f:
+    with safe_open(find("spn_trajectory.safetensors"), "pt") as f:
         case, tensors = json.loads(f.metadata()["case"]), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
 
     def state(prefix):
