@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mcir.config import RunConfig, load
+from mcir.data.chain import Chain
 from mcir.train.engine import build_engine
 from tests.runs import write_dataset
 
@@ -118,6 +119,12 @@ def test_the_all_in_one_recipe_is_promptirs_with_another_network_and_its_history
     assert config.validation is not None
     assert config.validation.best == "mean/psnr"
     assert config.objective.num_negatives == 4
+
+
+def test_real_hat_degrades_as_real_esrgan():
+    (train,) = recipe("real_hat_mse_x4").data.train
+    assert train.degradation == Chain(scale=4, steps="real_esrgan")
+    assert train.degradation.window_size == 400
 
 
 @pytest.mark.parametrize("task", ["derain", "motion_deblur", "denoise_color"])

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mcir.data.card import checksums, file_sha256
+from mcir.data.chain import Chain
 from mcir.data.decode import decode
 from mcir.data.degrade import Bicubic, GaussianBlur, Haze, Jpeg, MotionBlur, Noise, Rain
 from mcir.data.files import LeftOut, files_at
@@ -230,6 +231,8 @@ def degradation_examples(clean: Tensor, seed: int = 0) -> list[tuple[str, Tensor
         ("motion_blur, 15 px", MotionBlur(length=15, angle=30)),
         ("haze, beta 1.5", Haze(beta=1.5, airlight=0.9)),
         ("rain", Rain(density=0.006, length=20, angle=75, strength=0.4)),
+        ("chain, real_esrgan", Chain(scale=4, steps="real_esrgan")),
+        ("chain, bsrgan", Chain(scale=4, steps="bsrgan")),
     ]
     height, width = (side // 4 * 4 for side in clean.shape[-2:])
     clean = clean[:, :height, :width]

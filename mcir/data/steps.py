@@ -232,8 +232,8 @@ class PoissonNoise(Step):
         light = image
         if kind == "grey":
             light = (image * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
-        levels = (light * 255).round().clamp(0, 255)
-        count = 2.0 ** np.ceil(np.log2(len(levels.unique())))
+        levels = (light * 255).round().clamp(0, 255).to(torch.uint8)
+        count = 2.0 ** np.ceil(np.log2(np.count_nonzero(np.bincount(levels.flatten().numpy()))))
         light = levels / 255
         counted = torch.from_numpy(rng.poisson(light.numpy() * count).astype(np.float32)) / count
         return (image + strength * (counted - light)).clamp(0, 1)

@@ -155,6 +155,7 @@ def test_every_degradation_is_in_the_examples():
     images = degradation_examples(torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8))
     assert [name.split(",")[0] for name, _ in images] == [
         "clean", "bicubic", "noise", "jpeg", "gaussian_blur", "motion_blur", "haze", "rain",
+        "chain", "chain",
     ]  # fmt: skip
     assert images[1][1].shape == (3, 12, 17)
     assert contact_sheet(images).size == (6 * 192, 2 * 208)
