@@ -79,9 +79,12 @@ def comparison_png(path: Path, pictures: Sequence[Picture], references: Sequence
     os.replace(temporary, path)
 
 
-def results_table(baseline_name: str, scores: Mapping[str, tuple[Scores, Scores]]) -> Table:
-    """Set by set: (baseline, network), and the mean of several sets."""
-    table = Table("set", "images", f"{baseline_name} PSNR / SSIM", "restored PSNR / SSIM", "gain")
+def results_table(
+    baseline_name: str, scores: Mapping[str, tuple[Scores, Scores]], contrast_share: float | None = None
+) -> Table:
+    """Set by set: (baseline, network), and the mean of several sets; below it what part the contrast had."""
+    caption = None if contrast_share is None else f"the contrast was {contrast_share:.2%} of the reconstruction loss"
+    table = Table("set", "images", f"{baseline_name} PSNR / SSIM", "restored PSNR / SSIM", "gain", caption=caption)
     before_of, after_of = (mean_of_sets({name: pair[i].mean() for name, pair in scores.items()}) for i in (0, 1))
     for name in [*scores, *([MEAN] if len(scores) > 1 else [])]:
         before, after = before_of[name], after_of[name]

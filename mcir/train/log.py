@@ -39,9 +39,10 @@ def log_step(engine: "Engine", tracker: Tracker, meter: Meter) -> None:
     sources = read_sources(values, engine.config.data.labels)
     values = {name: value for name, value in values.items() if not name.startswith(PREFIX)}
     scalars |= {f"{PREFIX}{label}/{name}": value for label, of in sources.items() for name, value in of.items()}
+    share = engine.state.contrast_share = None
     if engine.objective.weight is not None:
-        scalars["contrast/weight"] = float(engine.objective.weight.value)
-        scalars["contrast/share"] = abs(values["contrast"]) / max(abs(values["reconstruction"]), 1e-12)
+        share = engine.state.contrast_share = abs(values["contrast"]) / max(abs(values["reconstruction"]), 1e-12)
+        scalars |= {"contrast/weight": float(engine.objective.weight.value), "contrast/share": share}
     if "error" in values:
         scalars["negatives/error"] = values.pop("error")
     scalars |= {f"loss/{name}": value for name, value in values.items()} | watched
@@ -54,7 +55,7 @@ def log_step(engine: "Engine", tracker: Tracker, meter: Meter) -> None:
         "data/skipped": float(engine.state.num_skipped()),
     }
     tracker.scalars(engine.state.step, scalars)
-    tracker.status(engine.state.step, values, speed["images_per_s"], speed["data_wait"])
+    tracker.status(engine.state.step, values, share, speed)
     engine.record.update(step=engine.state.step, images_per_s=speed["images_per_s"])
     if sources and engine.state.step == engine.config.steps and engine.accelerator.is_main_process:
         tracker.console.print(sources_table(sources))

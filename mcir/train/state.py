@@ -52,6 +52,8 @@ class State:
     """Where the run computes in fp16."""
     best: tuple[float, str] | None = None
     """Value of the deciding metric, and the checkpoint that reached it."""
+    contrast_share: float | None = None
+    """The contrast over the reconstruction loss, at the last log step."""
     measured: dict[str, float] = field(default_factory=dict)
     """Of the weights as they are now, for the files' metadata."""
 

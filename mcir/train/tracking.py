@@ -64,10 +64,12 @@ class Tracker:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self.accelerator.log(dict(values), step=step)
 
-    def status(self, step: int, losses: Mapping[str, float], images_per_s: float, data_wait: float) -> None:
-        """The line beside the progress bar; a line of its own where there is no terminal."""
-        rate = f"{images_per_s:.1f} images/s"
-        shown, wait = [f"{name} {value:.4g}" for name, value in losses.items()], f"data wait {data_wait:.0%}"
+    def status(self, step: int, losses: Mapping[str, float], share: float | None, speed: Mapping[str, float]) -> None:
+        """The line beside the progress bar; a line of its own where there is no terminal. `share` is the contrast's, of
+        the reconstruction loss; `speed` as the meter has it."""
+        rate, wait = f"{speed['images_per_s']:.1f} images/s", f"data wait {speed['data_wait']:.0%}"
+        shown = [f"{name} {value:.4g}" for name, value in losses.items()]
+        shown += [f"contrast's share {share:.2%}"] if share is not None else []
         self.progress.update(self._task, rate=rate, status="  ".join([*shown, wait]))
         text = "  ".join([*shown, rate, wait])
         if self.accelerator.is_main_process and not self.console.is_terminal:

@@ -124,4 +124,4 @@ class Validation:
                 comparison_png(path, pictures, reference_pictures)
                 tracker.message(f"{name}: degraded | {'bicubic | ' if scale > 1 else ''}restored | clean in {path}")
         if state.accelerator.is_main_process:
-            tracker.console.print(results_table("bicubic" if scale > 1 else "degraded", table))
+            tracker.console.print(results_table("bicubic" if scale > 1 else "degraded", table, state.contrast_share))
