@@ -45,13 +45,16 @@ def read(path) -> torch.Tensor:
 
 @pytest.mark.parametrize("factor", [2, 3, 4])
 def test_equals_the_published_low_resolution_set5(shared_data, factor):
+    num_differing = {}
     for path in sorted((shared_data / "Set5/HR").glob("*.png")):
         clean = read(path)
         height, width = (side // factor * factor for side in clean.shape[-2:])
         published = read(shared_data / f"Set5/LR_bicubic/X{factor}/{path.stem}x{factor}.png")
         made = imresize(clean[:, :height, :width], 1 / factor)
         assert made.shape == published.shape
-        assert (made != published).sum() == 0, path.name
+        num_differing[path.name] = int((made != published).sum())
+    print(f"\nx{factor}: {sum(num_differing.values())} differing values of {len(num_differing)} images")
+    assert not any(num_differing.values()), num_differing
 
 
 @pytest.mark.parametrize("scale", [*SCALES, 0.731])

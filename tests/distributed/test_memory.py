@@ -44,13 +44,17 @@ def test_the_plan_is_what_the_processes_hold(tmp_path, name):
     process = run(f"{name}_cpu", str(config), str(tmp_path), script=script, timeout=900)
     assert process.returncode == 0, process.stdout
     planned = plan(validate(values, "large"), name, 2)
+    shares = {}
     for rank in range(2):
         held = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert held["strategy"] == name
         for part in planned:
             if part != "activations":
-                assert held[part] == pytest.approx(planned[part], rel=0.03), part
+                shares[rank, part] = abs(held[part] - planned[part]) / (planned[part] or 1)
         # Of 404 MB, in resident memory: two buckets on their way, each with its sent half, the tensors cut out of one,
         # and those that wait to be blended; the last tensor of a bucket may be the largest.
         largest = 4 * 256 * 1024 * 9  # the upsampler's convolution
         assert held["peak of an update"] <= 5 * (BUCKET_BYTES + largest)
+    rank, part = max(shares, key=lambda key: shares[key])
+    print(f"\n{name}: the plan is at most {shares[rank, part]:.1%} off ({part}, rank {rank})")
+    assert all(share <= 0.03 for share in shares.values()), shares
