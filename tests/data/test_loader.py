@@ -402,7 +402,7 @@ def test_datasets_that_cannot_be_opened(tmp_path):
     (tmp_path / "garbage.parquet").write_bytes(b"garbage")
     for path, message in [
         (tmp_path / "empty", "no Parquet files"),
-        (tmp_path / "columns.parquet", "no column clean, key"),
+        (tmp_path / "columns.parquet", "no column clean .it has image"),
         (tmp_path / "garbage.parquet", "not a readable Parquet file"),
     ]:
         with pytest.raises(UserError, match=message):
