@@ -93,7 +93,7 @@ def test_arms_share_initial_weights_and_data(base, overlay, tmp_path):
     tasks = Plan(arms, 2, tmp_path, None, equal_steps(arms, None)).tasks
     starts, samples = {}, {}
     for task in tasks:
-        engine = build_engine(task.config)
+        engine = build_engine(task.config.model_copy(update={"validation": None}))
         starts[task.name] = torch.cat([p.detach().flatten() for p in engine.model.parameters()])
         samples[task.name] = next(iter(engine.loader)).clean
     assert torch.equal(starts["plain.seed7"], starts["spn.seed7"])

@@ -127,7 +127,7 @@ def test_killed_at_any_system_call_of_a_save_it_leaves_a_whole_healthy_checkpoin
     old = [(first, 1.0, True), (first + ".old", 1.0, True)] if SITUATIONS[situation] else [None]
     new = [("step-00000002", 2.0, True)]
     changed = found.index(new[0])
-    assert (15 if changing else 100) < changed < len(found) - 1
+    assert 15 < changed < len(found) - 1  # the calls that change files; how many others there are is the allocator's
     assert set(found[:changed]) <= set(old)
     assert set(found[changed:]) == set(new)
     assert [path.name for path in made.folder.iterdir()] == ["step-00000002"]
