@@ -222,10 +222,11 @@ def _laplacian(image: Tensor) -> Tensor:
     return image - blur(kept)
 
 
+@torch.autocast("cuda", enabled=False)
+@torch.autocast("cpu", enabled=False)
 def _blur(image: Tensor, window: Tensor, padding: int) -> Tensor:
     """Each channel convolved with `window` along both sides, beyond which `padding` zeros lie. In fp32 under autocast
     too: a variance is a small difference of large numbers."""
     rows = window.expand(image.shape[1], 1, len(window))
-    with torch.autocast(image.device.type, enabled=False):
-        image = F.conv2d(image, rows[:, :, None, :], padding=(0, padding), groups=image.shape[1])
-        return F.conv2d(image, rows[:, :, :, None], padding=(padding, 0), groups=image.shape[1])
+    image = F.conv2d(image, rows[:, :, None, :], padding=(0, padding), groups=image.shape[1])
+    return F.conv2d(image, rows[:, :, :, None], padding=(padding, 0), groups=image.shape[1])
