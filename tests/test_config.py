@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mcir.config import RunConfig, dump, load, validate
 from mcir.data.stream import SampleStream
@@ -102,7 +103,7 @@ def test_a_source_that_cannot_be_opened_is_named_by_its_field(tmp_path):
     held = {"source": {"format": "folders", "clean": str(tmp_path), "degraded": "nowhere"}, "protocol": "rgb"}
     config = validate(values | {"validation": {"every": 1, "sets": {"held": held}}}, "test")
     with pytest.raises(UserError, match=r"^validation\.sets\.held\.source\.degraded: "):
-        try_first(config.validation.sets, 2)
+        try_first(config.validation, 2, torch.device("cpu"))
 
 
 def test_one_loss_or_a_list_of_them(tmp_path):
