@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mcir.archs.swinir import Swinir
 from mcir.config import RunConfig, load
@@ -200,15 +201,23 @@ def test_dehazeformers_l1_counts_as_between_images_in_minus_one_to_one():
             assert recipe(f"dehaze/dehazeformer_{variant}_reside_{data}").objective.reconstruction[0].weight == 2
 
 
-def packed_by(text: str, scale: int) -> set[str]:
-    """Where the commands in the comments write; their layouts, splits and scales exist and fit the network."""
+def packed_by(text: str, scale: int, clean_alone: set[str]) -> set[str]:
+    """Where the commands in the comments write; their layouts, splits and scales exist and fit the network.
+
+    `clean_alone`: the sources that are degraded as they are read, and whose clean images have no scale.
+    """
     written = set()
     loop = re.search(r"for set in ([^;]+);", text)
     for command in re.findall(r"^#\s+(mcir data pack [^;\n]+)", text, re.MULTILINE):
         for each in loop[1].split() if loop and "$" in command else [""]:
             words = shlex.split(re.sub(r"\$\{?set\}?", each, command.replace("${set,,}", each.lower())))
             options = dict(zip(words[5::2], words[6::2], strict=True))
-            assert int(options.get("--scale", 1)) == scale
+            if words[4] in clean_alone:
+                assert not {"--scale", "--degradation"} & options.keys()
+            elif "--degradation" in options:
+                assert yaml.safe_load(options["--degradation"]).get("scale", 1) == scale
+            else:
+                assert int(options.get("--scale", 1)) == scale
             if "--layout" in options:
                 layout = LAYOUTS[options["--layout"]]
                 assert options.get("--split") in (layout.splits or (None,))
@@ -221,10 +230,11 @@ def packed_by(text: str, scale: int) -> set[str]:
 def test_every_dataset_is_packed_by_a_command_of_the_header(name):
     config = recipe(name)
     assert config.validation is not None
-    sources = [source.source for source in config.data.train]
-    sources += [data.source for data in config.validation.sets.values()]
-    expected = {source.path for source in sources if isinstance(source, ParquetSource)}
-    assert packed_by((CONFIGS / f"{name}.yaml").read_text(), config.arch.descriptor.scale) == expected
+    entries = [*config.data.train, *config.validation.sets.values()]
+    expected = {entry.source.path for entry in entries if isinstance(entry.source, ParquetSource)}
+    degraded = {entry.source.path for entry in entries if isinstance(entry.source, ParquetSource) and entry.degradation}
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    assert packed_by(text, config.arch.descriptor.scale, degraded) == expected
 
 
 def test_the_table_of_the_readme_is_that_of_the_recipes():
