@@ -2,13 +2,18 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from mcir.archs.swinir import Swinir
+from mcir.cli import main
 from mcir.config import RunConfig, load
 from mcir.data.layouts import LAYOUTS
 from mcir.data.sources import ParquetSource
@@ -311,3 +316,37 @@ def test_every_contrast_goes_on_every_recipe(name, contrast, tmp_path):
     assert engine.most_skipped == 0
     assert any(not p.equal(old) for p, old in zip(engine.model.parameters(), before, strict=True))
     assert (engine.objective.contrast is None) == (contrast.stem == "plain")
+
+
+def test_ccr_trains_on_prepared_images_as_they_are_packed(tmp_path, monkeypatch):
+    """The images that another network restored are at the place of the clean ones, after crop and flips."""
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        clean = rng.integers(0, 256, (48, 56, 3), dtype=np.uint8)
+        images = {"hazy": clean // 2 + 100, "clean": clean} | dict.fromkeys(PREPARED, 255 - clean)
+        for folder, pixels in images.items():
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    columns = " ".join(f"--column {name}={name}" for name in PREPARED)
+    packing = f"mcir data pack clean packed --degraded hazy --num-workers 0 {columns}"
+    monkeypatch.setattr(sys, "argv", packing.split())
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    overrides = [*shrunken("dehaze/ffanet_its", tmp_path), "objective.contrast.features.weights=random"]
+    overrides += ["data.train.0.source.path=packed", "data.crop_size=32"]
+    engine = build_engine(load([CONFIGS / "dehaze/ffanet_its.yaml", CONFIGS / "contrasts/ccr.yaml"], overrides))
+    seen, step = [], engine.step
+
+    def noted(batches):
+        seen.extend(batches)
+        return step(batches)
+
+    monkeypatch.setattr(engine, "step", noted)
+    assert engine.fit() == 0
+    assert (len(seen), engine.most_skipped) == (2, 0)
+    for batch in seen:
+        assert batch.clean.shape == (2, 3, 32, 32)
+        assert len(batch.extra) == 6
+        assert all(torch.allclose(image, 1 - batch.clean, atol=1e-6) for image in batch.extra)
+        assert torch.allclose(batch.degraded, ((batch.clean * 255) // 2 + 100) / 255, atol=1e-2)

@@ -22,6 +22,14 @@ Pattern = Annotated[
 ]
 CleanPattern = Annotated[str, typer.Option(help="Names of clean images, where --pattern says what they share.")]
 Split = Annotated[str | None, typer.Option(help="Part of a layout that has several, such as train or test.")]
+Further = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="NAME=FOLDER",
+        help="Further images of clean's size, named as the samples' keys or degraded images; as often as needed.",
+    ),
+]
 Scale = Annotated[int, typer.Option(min=1, help="Clean side / degraded side; 1 where they are equal.")]
 
 _SPLITS: dict[str, Literal["train", "validation", "test"]] = {  # what a layout or a user calls a part -> the Hub
@@ -43,6 +51,7 @@ def pack(
     clean_pattern: CleanPattern = "{key}",
     split: Annotated[str | None, typer.Option(help="Part of a layout that has several; also names the shards.")] = None,
     scale: Scale = 1,
+    column: Further = None,
     crop_size: Annotated[
         int | None, typer.Option(help="Cut clean images into squares of this side (DIV2K: 480).")
     ] = None,
@@ -68,7 +77,7 @@ def pack(
         raise UserError(f"--split {split}: choose train, validation or test, or one that the --layout has")
     if crop_format not in ("png", "webp"):
         raise UserError(f"--crop-format {crop_format}: choose png or webp")
-    pairs = _pairs(source, layout, degraded, split, scale, (pattern, clean_pattern))
+    pairs = _pairs(source, layout, degraded, split, scale, (pattern, clean_pattern), column)
     options = Options(
         crop_size=crop_size,
         crop_step=crop_step,
@@ -111,6 +120,7 @@ def inspect(
     clean_pattern: CleanPattern = "{key}",
     split: Split = None,
     scale: Scale = 1,
+    column: Further = None,
     columns: Annotated[
         str | None, typer.Option(help="What Parquet columns are called, such as '{clean: hr, degraded: lr}'.")
     ] = None,
@@ -124,7 +134,7 @@ def inspect(
 
     if sheet:
         require_writable(sheet)
-    plain = layout is None and degraded is None
+    plain = layout is None and degraded is None and not column
     packed, tars = (plain and bool(files_at(str(source), suffix)) for suffix in (".parquet", ".tar"))
     if split and layout is None:
         raise UserError("--split goes with a --layout, which knows where its parts are")
@@ -138,7 +148,7 @@ def inspect(
     elif tars:
         report = inspect_units(TarSource(format="tars", path=str(source)).open())
     else:
-        pairs = _pairs(source, layout, degraded, split, scale, (pattern, clean_pattern), faults)
+        pairs = _pairs(source, layout, degraded, split, scale, (pattern, clean_pattern), column, faults)
         report = inspect_pairs(pairs, faults)
     report.print()
     if sheet:
@@ -177,17 +187,28 @@ def _pairs(
     split: str | None,
     scale: int,
     patterns: tuple[str, str],
+    column: list[str] | None,
     faults: "list[Fault] | None" = None,
 ) -> "Pairs":
     from mcir.data.layouts import find_pairs
-    from mcir.data.pairs import pair_folders
+    from mcir.data.pairs import pair_folders, with_columns
 
+    further = dict(_further(text) for text in column or [])
+    if len(further) < len(column or []):
+        raise UserError("--column: a name is given twice")
     if layout is None and degraded is None and scale > 1:
         raise UserError("--scale goes with --degraded or a --layout: clean images alone have none")
     if layout is None:
-        return pair_folders(source, degraded, scale, *patterns, faults)
+        return with_columns(pair_folders(source, degraded, scale, *patterns, faults), further, faults)
     if patterns != ("{key}", "{key}"):
         raise UserError("--pattern goes with plain folders: a --layout knows how its pairs are named")
     if degraded is not None:
         raise UserError("--degraded goes with plain folders: a --layout knows where its degraded images are")
-    return find_pairs(layout, source, split, scale if scale > 1 else None, faults)
+    return with_columns(find_pairs(layout, source, split, scale if scale > 1 else None, faults), further, faults)
+
+
+def _further(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise UserError(f"--column {text}: write NAME=FOLDER, such as dcp=prepared/dcp")
+    return name, Path(folder)

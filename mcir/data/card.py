@@ -22,7 +22,8 @@ def dataset_card(shards: Sequence[Path], pairs: Pairs, options: Options) -> str:
     num_rows = sum(data.num_rows for data in metadata)
     num_bytes = sum(data.row_group(i).total_byte_size for data in metadata for i in range(data.num_row_groups))
     file_bytes = sum(shard.stat().st_size for shard in shards)
-    columns = [name for name in ("clean", "degraded") if name in metadata[0].schema.to_arrow_schema().names]
+    columns = options.columns(pairs)
+    paired = "degraded" in columns
     features = "".join(f"\n  - name: {name}\n    dtype: image" for name in columns)
     table = "".join(
         f"| {shard.name} | {data.num_rows:,} | {shard.stat().st_size:,} | `{file_sha256(shard)}` |\n"
@@ -37,9 +38,10 @@ def dataset_card(shards: Sequence[Path], pairs: Pairs, options: Options) -> str:
     degraded = (
         f"| `degraded` | Image | the input{made}; its sides are those of `clean` / {options.scale(pairs)}, "
         "rounded down |\n"
-        if "degraded" in columns
+        if paired
         else ""
     )
+    further = "".join(f"| `{name}` | Image | a further image of the size of `clean` |\n" for name in pairs.columns)
     return f"""---
 pretty_name: {_quoted(pairs.title or options.split)}
 task_categories:
@@ -64,14 +66,14 @@ dataset_info:
 ---
 # {pairs.title or "Images"}
 
-{num_rows:,} rows from {len(pairs.samples):,} {"pairs of images" if len(columns) == 2 else "images"}, {cut}, {order}.
+{num_rows:,} rows from {len(pairs.samples):,} {"pairs of images" if paired else "images"}, {cut}, {order}.
 {pairs.note.capitalize() + "." if pairs.note else ""}
 Packed with `mcir data pack`. The images keep the licence of their dataset.
 
 | column | type | |
 |---|---|---|
 | `clean` | Image | the target |
-{degraded}| `key` | string | names the sample; unique |
+{degraded}{further}| `key` | string | names the sample; unique |
 
 | shard | rows | bytes | sha256 |
 |---|---|---|---|

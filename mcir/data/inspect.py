@@ -5,12 +5,15 @@ gives, `inspect_pairs` images on disk. All decode everything and go on after wha
 that is wrong. A subset of a published dataset is no fault, and what was left out (files.py) is counted.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -23,14 +26,15 @@ from mcir.data.card import checksums, file_sha256
 from mcir.data.chain import Chain
 from mcir.data.decode import decode
 from mcir.data.degrade import Bicubic, GaussianBlur, Haze, Jpeg, MotionBlur, Noise, Rain
+from mcir.data.encode import centre
 from mcir.data.files import LeftOut, files_at
 from mcir.data.pairs import Fault, Pairs
-from mcir.data.parquet import COLUMNS, Columns, open_parquet
+from mcir.data.parquet import CHECKSUMS, COLUMNS, Columns, open_parquet
 from mcir.data.rows import Row, Units
 from mcir.errors import UserError
 
-Sample = tuple[str, tuple[str, str], bytes | memoryview, bytes | memoryview | None]
-"""Key, where clean and degraded are, clean, degraded."""
+Sample = tuple[str, tuple[str, ...], tuple[bytes | memoryview | None, ...]]
+"""Key, where its images are, and they: clean, degraded or None, further ones."""
 
 
 @dataclass
@@ -45,6 +49,10 @@ class Report:
     """(height, width) -> how many."""
     scales: Counter[int] = field(default_factory=Counter)
     """Clean side / degraded side -> how many pairs."""
+    columns: tuple[str, ...] = ()
+    """Further images of each sample."""
+    fitting: Counter[str] = field(default_factory=Counter)
+    """Column -> how many of its images have the clean one's size."""
     left_out: LeftOut = field(default_factory=LeftOut)
     note: str = ""
     faults: list[str] = field(default_factory=list)
@@ -66,6 +74,8 @@ class Report:
             table.add_row("most common size", f"{common[0]} x {common[1]} ({count:,} of {self.num_samples:,})")
         if self.scales:
             table.add_row("scales", ", ".join(f"{scale} ({count:,} pairs)" for scale, count in self.scales.items()))
+        for name in self.columns:
+            table.add_row(f"column {name}", f"{self.fitting[name]:,} of the clean image's size")
         table.add_row("left out", f"{self.left_out.counts.total():,}")
         table.add_row("faults", f"{len(self.faults):,}")
         console.print(table)
@@ -100,8 +110,21 @@ def inspect_packed(
     if folder == Path(place):
         there = {shard.name for shard in shards}
         report.faults += [f"{folder / name}: listed in the card, but not there" for name in listed if name not in there]
-    units = open_parquet([str(shard) for shard in shards], str(place), columns, report.faults)
+    report.columns = further_columns(shards[0], columns)
+    units = open_parquet([str(shard) for shard in shards], str(place), columns, report.faults, report.columns)
     return inspect_units(units, report, num_examples, seed)
+
+
+def further_columns(shard: Path, columns: Columns) -> tuple[str, ...]:
+    """Columns of images that `mcir data pack` wrote beyond those that pairs have."""
+    known = dict(columns).values()
+    try:
+        metadata = pq.read_metadata(shard).metadata or {}
+    except (OSError, pa.ArrowInvalid):  # what is wrong with the file is told where it is opened
+        return ()
+    declared = json.loads(metadata[b"huggingface"]) if CHECKSUMS in metadata else {}
+    features = declared.get("info", {}).get("features", {})
+    return tuple(name for name, kind in features.items() if kind == {"_type": "Image"} and name not in known)
 
 
 def inspect_units(units: Units, report: Report | None = None, num_examples: int = 12, seed: int = 0) -> Report:
@@ -113,7 +136,9 @@ def inspect_units(units: Units, report: Report | None = None, num_examples: int 
             said = ""
             for row in units.rows(unit, 0):
                 if isinstance(row, Row):
-                    yield row.key, (f"{row.where}, clean", f"{row.where}, degraded"), row.clean, row.degraded
+                    names = ("clean", "degraded", *report.columns)
+                    places = tuple(f"{row.where}, {name}" for name in names)
+                    yield row.key, places, (row.clean, row.degraded, *row.extra)
                 elif str(row) == said:  # a row group that cannot be read says so in each of its rows
                     report.num_samples += 1
                 else:
@@ -126,17 +151,19 @@ def inspect_units(units: Units, report: Report | None = None, num_examples: int 
 def inspect_pairs(pairs: Pairs, faults: Sequence[Fault] = (), num_examples: int = 12, seed: int = 0) -> Report:
     """Look at images on disk that were matched by name, with these `faults`: every file decoded, sizes fitting."""
     report = Report(left_out=pairs.left_out, faults=[line for fault in faults for line in fault.lines()])
-    report.num_files = len({path for pair in pairs.samples for path in (pair.clean, pair.degraded) if path})
+    report.num_files = len({path for pair in pairs.samples for path in pair.files})
+    report.columns = pairs.columns
     report.note = f"{pairs.title}: {pairs.note}" if pairs.note else ""
 
     def samples() -> Iterator[Sample | str]:
         for pair in pairs.samples:
             try:
-                halves = pair.clean.read_bytes(), pair.degraded.read_bytes() if pair.degraded else None
+                clean, *others = (path.read_bytes() for path in pair.files)
             except OSError as error:
                 yield f"{error.filename} cannot be read: {error.strerror}"
                 continue
-            yield pair.key, (str(pair.clean), str(pair.degraded)), *halves
+            places = (str(pair.clean), str(pair.degraded), *map(str, pair.further))
+            yield pair.key, places, (clean, *others) if pair.degraded else (clean, None, *others)
 
     scale = None if pairs.centre_crop else pairs.scale
     _look(samples(), len(pairs.samples), report, num_examples, seed, scale, pairs.centre_crop)
@@ -159,17 +186,27 @@ def _look(
         if isinstance(sample, str):
             report.faults.append(sample)
             continue
-        key, places, *files = sample
+        key, places, files = sample
         report.num_bytes += sum(len(file or b"") for file in files)
-        images: list[Tensor] = []
-        for place, file in zip(places, files, strict=True):
+        images, further = list[Tensor](), dict[str, Tensor]()
+        for i, (place, file) in enumerate(zip(places, files, strict=True)):
             try:
-                images += [decode(file, place)] if file is not None else []
+                if file is not None and i < 2:
+                    images.append(decode(file, place))
+                elif file is not None:
+                    further[place] = decode(file, place)
             except UserError as error:
                 report.faults.append(str(error))
         if len(images) < 2 - (files[1] is None):
             continue
         clean = images[0]
+        shown = centre(clean, *images[1].shape[-2:]) if centre_crop and len(images) == 2 else clean
+        for name, place in zip(report.columns, places[2:], strict=True):
+            if place in further and further[place].shape[-2:] == shown.shape[-2:]:
+                report.fitting[name] += 1
+            elif place in further:
+                sides = (f"{image.shape[-2]} x {image.shape[-1]}" for image in (further[place], shown))
+                report.faults.append(f"{place}: it is {', and clean '.join(sides)}")
         report.clean_sizes[(clean.shape[-2], clean.shape[-1])] += 1
         if len(images) == 1:
             alone.append(places[1])

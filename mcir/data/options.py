@@ -40,5 +40,10 @@ class Options:
         if (self.num_shards is not None and self.num_shards < 1) or self.shard_bytes < 1:
             raise UserError("num_shards and shard_bytes must be at least 1")
 
+    def columns(self, pairs: Pairs) -> list[str]:
+        """Of images, in the order in which the shards have them."""
+        paired = self.degradation is not None or pairs.samples[0].degraded is not None
+        return ["clean", *(["degraded"] if paired else []), *pairs.columns]
+
     def scale(self, pairs: Pairs) -> int:
         return self.degradation.scale if self.degradation else pairs.scale

@@ -1,4 +1,5 @@
-"""Image folders to Parquet shards with the columns `clean`, `degraded` and `key`: the one format every run streams.
+"""Image folders to Parquet shards with the columns `clean`, `degraded` and `key`, and further images where the samples
+have some: the one format every run streams.
 
 Invariants: what a shard holds is a function of the samples and the options alone, so any number of processes, and a
 pack that was killed and started again, write the same bytes. A shard appears under its name only when it is whole
@@ -144,13 +145,13 @@ def _write_shards(
     if num_shards > len(rows):
         raise UserError(f"{num_shards} shards for {len(rows)} rows: lower num_shards or raise shard_bytes")
     order = range(len(rows)) if options.seed is None else np.random.default_rng(options.seed).permutation(len(rows))
-    columns = schema(pairs.samples[0].degraded is not None or options.degradation is not None)
+    columns, lean = schema(options.columns(pairs)), replace(pairs, samples=())
     shards = [output / f"{options.split}-{shard:05}-of-{num_shards:05}.parquet" for shard in range(num_shards)]
     tasks = []
     for shard, path in enumerate(shards):
         part = order[len(rows) * shard // num_shards : len(rows) * (shard + 1) // num_shards]
         if not path.exists():
-            tasks.append(partial(_write_shard, path, [rows[i] for i in part], columns))
+            tasks.append(partial(_write_shard, path, [rows[i] for i in part], columns, lean))
     if failed := _run(tasks, num_workers, "packing"):
         raise failed[0]
     card = dataset_card(shards, pairs, options)
@@ -161,10 +162,9 @@ def _write_shards(
 def _state(pairs: Pairs, options: Options) -> dict[str, Any]:
     digest = hashlib.sha256()
     for pair in pairs.samples:
-        files = [path for path in (pair.clean, pair.degraded) if path]
-        seen = [(file.name, file.stat()) for file in files]
+        seen = [(file.name, file.stat()) for file in pair.files]
         digest.update(repr((pair.key, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in seen])).encode())
-    return {"samples": digest.hexdigest(), "options": repr((pairs.scale, pairs.centre_crop, options))}
+    return {"samples": digest.hexdigest(), "options": repr((pairs.scale, pairs.centre_crop, *pairs.columns, options))}
 
 
 def _claim(output: Path, state: dict[str, Any], shared: bool) -> dict[str, str]:
@@ -245,14 +245,14 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _write_shard(path: Path, rows: Iterable[_Place], columns: pa.Schema) -> None:
+def _write_shard(path: Path, rows: Iterable[_Place], columns: pa.Schema, pairs: Pairs) -> None:
     def save(part: Path) -> None:
         # Images do not compress further; checksums find what a disk or a copy has changed.
         with pq.ParquetWriter(
             part, columns, compression="none", use_dictionary=False, write_statistics=["key"], write_page_checksum=True
         ) as writer:
             checksums = []
-            for group in _row_groups(rows):
+            for group in _row_groups(rows, pairs):
                 writer.write_table(pa.Table.from_pylist(group, columns))
                 checksums.append(checksum(map(_undecoded, group)))
             writer.add_key_value_metadata({CHECKSUMS: json.dumps(checksums)})
@@ -260,12 +260,12 @@ def _write_shard(path: Path, rows: Iterable[_Place], columns: pa.Schema) -> None
     write(path, save)
 
 
-def _row_groups(rows: Iterable[_Place]) -> Iterator[list[dict[str, Any]]]:
+def _row_groups(rows: Iterable[_Place], pairs: Pairs) -> Iterator[list[dict[str, Any]]]:
     group: list[dict[str, Any]] = []
     size = 0
     for place in rows:
         try:
-            row = spooled_row(*place)
+            row = spooled_row(*place, pairs)
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
         group.append(row)

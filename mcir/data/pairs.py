@@ -8,7 +8,7 @@ in Unicode form alone (an accent composed or not, as between Linux and macOS) ar
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Literal
 
@@ -26,6 +26,12 @@ class Pair:
     key: str
     clean: Path
     degraded: Path | None
+    further: tuple[Path, ...] = ()
+    """Images of the clean one's size, in the order of `Pairs.columns`."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.clean, *([self.degraded] if self.degraded else []), *self.further)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Pairs:
     """Files in the folders that take no part, and why."""
     split: Split = "train"
     """What the samples are for, as far as a published dataset says."""
+    columns: tuple[str, ...] = ()
+    """Names of further images of each sample."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,40 @@ def pair_folders(
         samples = match(clean, degraded, names, "", found, left_out, images)
     settle(found, faults)
     return Pairs(tuple(samples), scale, title=clean.name, left_out=left_out)
+
+
+def with_columns(pairs: Pairs, folders: Mapping[str, Path], faults: list[Fault] | None = None) -> Pairs:
+    """The samples with a further image from each folder, such as what other networks restored: of the name of the
+    sample's key, or of its degraded image. Raises UserError as `pair_folders`: no image may be missing or left over."""
+    found: list[Fault] = []
+    further: list[list[Path]] = [[] for _ in pairs.samples]
+    for column, folder in folders.items():
+        if column in ("clean", "degraded", "key") or not column.isidentifier():
+            raise UserError(f"a further column cannot be called {column!r}: take letters, and none of the three names")
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder")
+        images = images_below(folder, found, pairs.left_out)
+        chosen = [images.get(pair.key) or images.get(_name_of_degraded(pair)) for pair in pairs.samples]
+        missing = [pair.key for pair, path in zip(pairs.samples, chosen, strict=True) if path is None]
+        unused = sorted(set(images.values()) - set(chosen))
+        if missing:
+            found.append(Fault(f"column {column}: {folder} holds no image of these keys", tuple(missing)))
+        if unused:
+            names = tuple(str(path.relative_to(folder)) for path in unused)
+            found.append(Fault(f"column {column}: images in {folder} that belong to no sample", names))
+        for paths, path in zip(further, chosen, strict=True):
+            paths += [path] if path else []
+    settle(found, faults)
+    if found:
+        return pairs
+    samples = [replace(pair, further=tuple(paths)) for pair, paths in zip(pairs.samples, further, strict=True)]
+    return replace(pairs, samples=tuple(samples), columns=tuple(folders))
+
+
+def _name_of_degraded(pair: Pair) -> str:
+    """With what goes in front of the key, such as a scene's folder."""
+    stem = (pair.degraded or pair.clean).stem
+    return unicodedata.normalize("NFC", PurePath(pair.key).with_name(stem).as_posix())
 
 
 def settle(found: list[Fault], faults: list[Fault] | None) -> None:

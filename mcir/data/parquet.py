@@ -114,7 +114,7 @@ def open_parquet(
         storage_options={"hf": {"block_size": 2**16}},  # what is read ahead; 5 MiB would be a third of a row group
         columns=[column for column in footers[0].columns if column in wanted],  # as stored: spares a copy
         fragment_scan_options=ParquetFragmentScanOptions(
-            page_checksum_verification=any(group.checksum is None for group in groups)
+            page_checksum_verification=bool(extra) or any(group.checksum is None for group in groups)
         ),
     ).with_format("arrow")  # which leaves the images encoded
     assert dataset.num_shards == len(files)

@@ -202,7 +202,7 @@ def _refuse(extra: Sequence[str], kind: str) -> None:
     if extra:
         raise UserError(
             f"objective.contrast.columns names {', '.join(extra)}, and a source of {kind} has clean and degraded "
-            "images alone: make Parquet shards with these columns"
+            "images alone: make Parquet shards with these columns (mcir data pack --column NAME=FOLDER)"
         )
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,22 @@ _NUM_BYTES = b"num_bytes"
 def spool_name(pair: Pair, pairs: Pairs, options: Options) -> str:
     """UserError where a file cannot be looked at."""
     try:
-        seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _files(pair)]
+        seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in pair.files]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
-    decides = pair.key, seen, pairs.scale, pairs.centre_crop, repr(options)
+    decides = pair.key, seen, pairs.scale, pairs.centre_crop, pairs.columns, repr(options)
     return hashlib.sha256(repr(decides).encode()).hexdigest()[:32] + ".arrow"
 
 
 def spool(file: Path, pair: Pair, pairs: Pairs, options: Options) -> None:
     """Write the rows of a sample to `file`. UserError: a bad image, or halves of unequal sizes (file named)."""
     rows = _rows(pair, pairs, options)
-    paired = pair.degraded is not None or options.degradation is not None
-    own = [path.stat().st_size for path in _files(pair)] + [0]
-    images = [row[name] for row in rows for name in row if name != "key"]
-    num_bytes = sum(own[i % 2] if image["bytes"] is None else len(image["bytes"]) for i, image in enumerate(images))
-    table = pa.Table.from_pylist(rows, schema(paired)).replace_schema_metadata({_NUM_BYTES: str(num_bytes)})
+    own = _files(pair, pairs)
+    images = [(name, image) for row in rows for name, image in row.items() if name != "key"]
+    num_bytes = sum(own[name].stat().st_size if i["bytes"] is None else len(i["bytes"]) for name, i in images)
+    table = pa.Table.from_pylist(rows, schema([name for name in rows[0] if name != "key"])).replace_schema_metadata(
+        {_NUM_BYTES: str(num_bytes)}
+    )
 
     def save(part: Path) -> None:
         with pa.ipc.new_file(part, table.schema) as writer:
@@ -58,19 +59,18 @@ def measure(file: Path) -> tuple[int, int]:
     return table.num_rows, int(table.schema.metadata[_NUM_BYTES])
 
 
-def spooled_row(file: Path, number: int, pair: Pair) -> dict[str, Any]:
+def spooled_row(file: Path, number: int, pair: Pair, pairs: Pairs) -> dict[str, Any]:
     """A row in the shards' columns, with all its bytes."""
     (row,) = _spooled(file).slice(number, 1).to_pylist()
-    for name, path in zip(("clean", "degraded"), _files(pair), strict=False):
+    for name, path in _files(pair, pairs).items():
         if row[name]["bytes"] is None:
             row[name]["bytes"] = path.read_bytes()
     return row
 
 
-def schema(paired: bool) -> pa.Schema:
+def schema(names: Sequence[str]) -> pa.Schema:
     """Columns with the metadata from which `datasets` knows that they are images."""
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    names = ["clean", "degraded"] if paired else ["clean"]
     features = {name: {"_type": "Image"} for name in names} | {"key": {"dtype": "string", "_type": "Value"}}
     columns = pa.schema([*((name, image) for name in names), ("key", pa.string())])
     return columns.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -97,44 +97,47 @@ def crop_positions(side: int, size: int, step: int) -> list[int]:
     return starts
 
 
-def _files(pair: Pair) -> list[Path]:
-    return [path for path in (pair.clean, pair.degraded) if path]
+def _files(pair: Pair, pairs: Pairs) -> dict[str, Path]:
+    """The sample's files by their columns."""
+    return dict(zip(["clean", *(["degraded"] if pair.degraded else []), *pairs.columns], pair.files, strict=True))
 
 
 def _spooled(file: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(file))).read_all()  # maps, reads nothing yet
 
 
-def _row(key: str, *images: tuple[bytes | None, str]) -> dict[str, Any]:
-    named = zip(("clean", "degraded"), images, strict=False)
-    return {name: {"bytes": data, "path": file} for name, (data, file) in named} | {"key": key}
+def _row(key: str, images: Mapping[str, tuple[bytes | None, str]]) -> dict[str, Any]:
+    return {name: {"bytes": data, "path": file} for name, (data, file) in images.items()} | {"key": key}
 
 
 def _rows(pair: Pair, pairs: Pairs, options: Options) -> list[dict[str, Any]]:
     """A sample as one row, without bytes where they are those of its files, or as one row for each crop."""
-    files = _files(pair)
+    files = _files(pair, pairs)
     try:
-        images = [decode(path.read_bytes(), str(path)) for path in files]
+        images = {name: decode(path.read_bytes(), str(path)) for name, path in files.items()}
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
-    whole = images[0].shape
-    if len(images) == 2:
-        images[0] = _fitting(images[0], images[1], pair, pairs)
+    whole = images["clean"].shape
+    if pair.degraded:
+        images["clean"] = _fitting(images["clean"], images["degraded"], pair, pairs)
+    for name in pairs.columns:
+        _require_size_of_clean(images[name], images["clean"], files[name], pair)
     scale = options.scale(pairs)
     if options.degradation is not None:
-        images[0] = images[0][:, : whole[1] // scale * scale, : whole[2] // scale * scale]
+        full = ["clean", *pairs.columns]
+        images |= {name: images[name][:, : whole[1] // scale * scale, : whole[2] // scale * scale] for name in full}
         rng = np.random.default_rng([options.seed or 0, zlib.crc32(pair.key.encode())])
-        images.append(options.degradation(images[0], rng))
-        files.append(pair.clean)
+        images["degraded"] = options.degradation(images["clean"], rng)
+        files["degraded"] = pair.clean
     if options.crop_size is None:
-        named: list[tuple[bytes | None, str]] = [(None, path.name) for path in files]
-        if images[0].shape != whole:
-            named[0] = _encoded(images[0], pair.clean.stem, options)
-        if options.degradation is not None:
-            named[1] = _encoded(images[1], pair.clean.stem, options)
-        return [_row(pair.key, *named)]
+        named: dict[str, tuple[bytes | None, str]] = {name: (None, path.name) for name, path in files.items()}
+        changed = {"degraded"} if options.degradation is not None else set[str]()
+        if images["clean"].shape != whole:
+            changed |= {"clean"} | (set(pairs.columns) if options.degradation is not None else set())
+        named |= {name: _encoded(images[name], files[name].stem, options) for name in changed}
+        return [_row(pair.key, named)]
     step = options.crop_step or options.crop_size
-    height, width = (side // scale * scale for side in images[0].shape[-2:])
+    height, width = (side // scale * scale for side in images["clean"].shape[-2:])
     corners = [
         (top, left)
         for top in crop_positions(height, options.crop_size, step)
@@ -142,14 +145,21 @@ def _rows(pair: Pair, pairs: Pairs, options: Options) -> list[dict[str, Any]]:
     ]
     rows = []
     for number, (top, left) in enumerate(corners, start=1):
-        crops = []
-        for image, path, ratio in zip(images, files, (1, scale), strict=False):
+        crops = {}
+        for name, image in images.items():
+            ratio = scale if name == "degraded" else 1
             size = options.crop_size // ratio
             y, x, bottom, right = top // ratio, left // ratio, height // ratio, width // ratio
             crop = image[:, y : min(y + size, bottom), x : min(x + size, right)]
-            crops.append(_encoded(crop, f"{path.stem}_s{number:03}", options))
-        rows.append(_row(f"{pair.key}_s{number:03}", *crops))
+            crops[name] = _encoded(crop, f"{files[name].stem}_s{number:03}", options)
+        rows.append(_row(f"{pair.key}_s{number:03}", crops))
     return rows
+
+
+def _require_size_of_clean(image: Tensor, clean: Tensor, path: Path, pair: Pair) -> None:
+    if image.shape[-2:] != clean.shape[-2:]:
+        sides = (f"{size[-2]} x {size[-1]}" for size in (image.shape, clean.shape))
+        raise UserError(f"{path} is {next(sides)}, and {pair.clean} {next(sides)}: it must have that size")
 
 
 def _fitting(clean: Tensor, degraded: Tensor, pair: Pair, pairs: Pairs) -> Tensor:

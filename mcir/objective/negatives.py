@@ -5,7 +5,7 @@ target, they change in two ways only, both collective and both driven by rank-ag
 `prepare`) and `update`, a function of the step and, for triggered ones, of a number that all ranks agree on.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -130,13 +130,10 @@ class Negatives(nn.Module):
         """What a checkpoint holds beside the networks; to be overwritten in place by `load`."""
         return {"negatives.turn": self.turn, "negatives.updated": self.updated} if self.has_triggers else {}
 
-    @torch.no_grad()
     def checksum(self) -> Tensor:
-        """(T,) int64 on the device: the sum of each tensor's bytes, in the order of the nets' state_dict. Equal on all
-        ranks, or there is a bug."""
-        tensors = self.nets.state_dict().values()
-        sums = [t.contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64) for t in tensors]
-        return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+        """(T,) int64 on the device: `checksums` in the order of the nets' state_dict. Equal on all ranks, or there is a
+        bug."""
+        return checksums(self.nets.state_dict().values())
 
     def _attached(self) -> Accelerator:
         if self._accelerator is None:
@@ -198,6 +195,13 @@ class Negatives(nn.Module):
                 num_bytes = 0
         if names:
             flush()
+
+
+@torch.no_grad()
+def checksums(tensors: Iterable[Tensor]) -> Tensor:
+    """(T,) int64: the sum of each tensor's bytes."""
+    sums = [t.contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64) for t in tensors]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
 
 
 def _views(degraded: Tensor, schedule: Schedule) -> Tensor:

@@ -18,7 +18,7 @@ from mcir.config import RunConfig, dump
 from mcir.data.loader import Loader
 from mcir.errors import UserError
 from mcir.evaluation.config import MEAN, ValidationConfig
-from mcir.objective.negatives import Negatives
+from mcir.objective.negatives import Negatives, checksums
 from mcir.objective.objective import Objective
 from mcir.parallel.accelerator import strategy
 from mcir.parallel.scaling import LossScale
@@ -60,7 +60,7 @@ class State:
     def save(self, checkpointer: Checkpointer) -> Path:
         """Write a checkpoint of this moment and prune older ones. Collective."""
         accelerator, files = self.accelerator, dict[str, dict[str, Tensor]]()
-        self._require_equal_negatives()
+        self._require_equal()
         main = accelerator.is_main_process
         model = _collect(full_params(accelerator, self.model), main)
         ema = _collect(self.ema.full(), main) if self.ema else {}
@@ -68,7 +68,7 @@ class State:
             files = {"model.safetensors": model} | ({"ema.safetensors": ema} if ema else {})
             if len(self.negatives.nets):
                 files["negatives.safetensors"] = _collect(self.negatives.nets.state_dict().items(), main)
-            if followed := self._followed():
+            if followed := self.followed():
                 files["followed.safetensors"] = _collect(followed.items(), main)
         rank, world_size = accelerator.process_index, accelerator.num_processes
         mine: dict[str, Tensor] = {}
@@ -99,12 +99,15 @@ class State:
         checkpointer.prune(best)
         return path
 
-    def _require_equal_negatives(self) -> None:
+    def _require_equal(self) -> None:
         """Collective. RuntimeError, which is a bug of ours, names the tensors that ranks hold differently."""
-        sums = self.accelerator.gather(self.negatives.checksum().to(self.accelerator.device)[None])  # (ranks, tensors)
+        whole = {f"negatives.{key}": tensor for key, tensor in self.negatives.nets.state_dict().items()}
+        whole |= self.followed()
+        own = checksums(tensor.to(self.accelerator.device) for tensor in whole.values())
+        sums = self.accelerator.gather(own.to(self.accelerator.device)[None])  # (ranks, tensors)
         differ = (sums != sums[0]).any(0).tolist()
-        if names := [name for name, wrong in zip(self.negatives.nets.state_dict(), differ, strict=True) if wrong]:
-            raise RuntimeError(f"negatives differ between ranks at step {self.step}: {', '.join(names[:8])}")
+        if names := [name for name, wrong in zip(whole, differ, strict=True) if wrong]:
+            raise RuntimeError(f"ranks differ at step {self.step} in {', '.join(names[:8])}")
 
     def load(self, checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
         """Continue from a checkpoint, which must hold tensors of these whole shapes. Collective."""
@@ -126,7 +129,7 @@ class State:
             negatives = _strict(checkpoint.reader("negatives.safetensors"), checkpoint)
             self.negatives.nets.load_state_dict({key: negatives(key) for key in self.negatives.nets.state_dict()})
         saved_state = checkpoint.reader("followed.safetensors")
-        for key, tensor in self._followed().items():  # where another contrast was trained, it begins here
+        for key, tensor in self.followed().items():  # where another contrast was trained, it begins here
             if (followed := saved_state(key)) is not None and followed.shape == tensor.shape:
                 tensor.copy_(followed)
         self.step, self.loader.position, self.loader.order = state["step"], state["position"], state["order"]
@@ -145,7 +148,7 @@ class State:
             log.warning("validation.best was of another metric, set or kind of weights: the best starts anew")
         self.best = tuple(state["best"]) if same else None
 
-    def _followed(self) -> dict[str, Tensor]:
+    def followed(self) -> dict[str, Tensor]:
         """What else changes as the run goes, all on every rank: to be overwritten in place."""
         watched = self.watch.state() if self.watch else {}
         return {**self.objective.state(), **self.negatives.state(), **watched}

@@ -34,6 +34,23 @@ def test_pairs_are_packed_and_inspected(folder, monkeypatch, capsys):
     assert Image.open(folder / "new/sheet").format == "PNG"
 
 
+def test_further_images_are_packed_and_inspected(folder, monkeypatch, capsys):
+    for name in "ab":
+        (folder / "ffa").mkdir(exist_ok=True)
+        Image.open(folder / f"clean/{name}.png").save(folder / f"ffa/{name}.png")
+    pairs = ["--degraded", "degraded", "--scale", "2", "--column", "ffa=ffa", "--num-workers", "0"]
+    assert run(monkeypatch, capsys, "data", "pack", "clean", "out", *pairs)[0] == 0
+    for inspected in (["clean", *pairs[:-2]], ["out"]):
+        code, said, _ = run(monkeypatch, capsys, "data", "inspect", *inspected)
+        assert (code, "column ffa" in said, "2 of the clean image's size" in said) == (0, True, True)
+    Image.open(folder / "degraded/b.png").save(folder / "ffa/b.png")
+    code, said, _ = run(monkeypatch, capsys, "data", "inspect", "clean", *pairs[:-2])
+    assert (code, "ffa/b.png: it is 32 x 32, and clean 64 x 64" in said) == (1, True)
+    (folder / "ffa/b.png").unlink()
+    code, _, said = run(monkeypatch, capsys, "data", "pack", "clean", "out2", *pairs)
+    assert (code, "column ffa: ffa holds no image of these keys: b" in said) == (1, True)
+
+
 def test_a_fault_is_printed_and_the_exit_code_is_1(folder, monkeypatch, capsys):
     (folder / "degraded/b.png").write_bytes(b"no picture")
     code, said, _ = run(monkeypatch, capsys, "data", "inspect", "clean", "--degraded", "degraded", "--scale", "2")
@@ -86,6 +103,9 @@ def test_names_by_a_pattern_test_sets_and_left_over_files(folder, monkeypatch, c
         ("pack clean out --layout set5 --degraded degraded", "--degraded goes with plain folders"),
         ("pack clean out --layout set5 --pattern {key}x2", "--pattern goes with plain folders"),
         ("pack clean out --pattern {key}x2", "goes with pairs"),
+        ("pack clean out --column ffa", "--column ffa: write NAME=FOLDER"),
+        ("pack clean out --column a=clean --column a=degraded", "a name is given twice"),
+        ("pack clean out --column ffa=missing", "missing is not a folder"),
         ("pack clean out --private", "--private goes with --push"),
         ("inspect clean --columns {clean:hr}", "--columns goes with Parquet files"),
         ("pack clean out --crop-format jpg", "--crop-format jpg: choose png or webp"),

@@ -24,7 +24,7 @@ from mcir.data.degrade import Bicubic
 from mcir.data.layouts import find_pairs
 from mcir.data.options import Options
 from mcir.data.pack import pack
-from mcir.data.pairs import Pair, Pairs, pair_folders
+from mcir.data.pairs import Pair, Pairs, pair_folders, with_columns
 from mcir.data.resize import imresize
 from mcir.data.spool import crop_positions
 from mcir.errors import UserError
@@ -141,6 +141,61 @@ def test_reside_clear_images_are_cut_to_their_centre(tmp_path):
     expected = center_crop(torch.from_numpy(clear).permute(2, 0, 1), [46, 62]).permute(1, 2, 0)  # as FFA-Net reads it
     np.testing.assert_array_equal(pixels(rows["1_1_0.9"]["clean"]), expected)
     assert rows["1_2_0.8"]["clean"]["bytes"] == (tmp_path / "clear/1.png").read_bytes()
+
+
+@pytest.fixture
+def prepared(photographs, tmp_path):
+    """The photographs with two further images each: one named as they are, one in another format."""
+    for pair in photographs.samples:
+        clean = np.asarray(Image.open(pair.clean))
+        save(tmp_path / f"dcp/{pair.key}.png", 255 - clean)
+        save(tmp_path / f"aod/{pair.key}.bmp", clean // 2)
+    return {"dcp": tmp_path / "dcp", "aod": tmp_path / "aod"}
+
+
+def test_further_images_are_packed_and_cut_with_the_clean_one(photographs, prepared, tmp_path):
+    pairs = with_columns(photographs, prepared)
+    pack(pairs, tmp_path / "whole", Options())
+    for row in rows_of(tmp_path / "whole"):
+        assert list(row) == ["clean", "degraded", "dcp", "aod", "key"]
+        assert row["dcp"]["bytes"] == (prepared["dcp"] / f"{row['key']}.png").read_bytes()
+    pack(pairs, tmp_path / "crops", Options(crop_size=24, crop_step=12))
+    rows = rows_of(tmp_path / "crops")
+    assert len(rows) > 12
+    for row in rows:
+        clean = pixels(row["clean"])
+        assert np.array_equal(pixels(row["dcp"]), 255 - clean)
+        assert np.array_equal(pixels(row["aod"]), clean // 2)
+    card = (tmp_path / "crops" / "README.md").read_text()
+    assert "| `aod` | Image | a further image of the size of `clean` |" in card
+    assert "rows from 12 pairs of images" in card
+    alone = with_columns(pair_folders(tmp_path / "clean"), prepared)
+    pack(alone, tmp_path / "made", Options(degradation=Bicubic(scale=2)))
+    for row in rows_of(tmp_path / "made"):
+        assert np.array_equal(pixels(row["dcp"]), 255 - pixels(row["clean"]))
+        assert pixels(row["degraded"]).shape[0] * 2 == pixels(row["clean"]).shape[0]
+
+
+def test_further_images_of_many_degraded_ones_go_by_their_names(tmp_path):
+    for scene, haze in [("0001", "0.8_0.1"), ("0001", "0.9_0.2"), ("0002", "0.8_0.1")]:
+        save(tmp_path / f"clean/{scene}.png", noise(8, 8, 0))
+        save(tmp_path / f"hazy/{scene}_{haze}.png", noise(8, 8, 1))
+        save(tmp_path / f"ffa/{scene}_{haze}.png", noise(8, 8, 2))
+    pairs = pair_folders(tmp_path / "clean", tmp_path / "hazy", pattern="{key}_*_*")
+    found = with_columns(pairs, {"ffa": tmp_path / "ffa"})
+    assert [pair.further[0].name for pair in found.samples] == [pair.degraded.name for pair in pairs.samples]
+
+
+def test_further_images_that_do_not_fit_are_named(photographs, prepared, tmp_path):
+    (prepared["dcp"] / "03.png").rename(prepared["dcp"] / "other.png")
+    with pytest.raises(UserError, match=r"dcp: .* these keys: 03; column dcp: .*belong to no sample: other\.png"):
+        with_columns(photographs, prepared)
+    (prepared["dcp"] / "other.png").rename(prepared["dcp"] / "03.png")
+    save(prepared["dcp"] / "04.png", noise(24, 30, 0))
+    with pytest.raises(UserError, match=r"dcp/04\.png is 24 x 30, and .*clean/04\.png 48 x 61: it must have that size"):
+        pack(with_columns(photographs, prepared), tmp_path / "out", Options())
+    with pytest.raises(UserError, match="cannot be called 'clean'"):
+        with_columns(photographs, {"clean": tmp_path / "dcp"})
 
 
 def test_row_groups_stay_small(photographs, tmp_path, monkeypatch):
