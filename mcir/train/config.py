@@ -1,6 +1,8 @@
 """The sections `checkpoint`, `tracking` and `watch`."""
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from mcir.section import Section
 
@@ -15,9 +17,21 @@ class CheckpointConfig(Section):
     """Whether the checkpoint of the best validation is kept beyond `keep_last`."""
 
 
-class TrackingConfig(Section):
-    """What TensorBoard and the progress bar show."""
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
+"""Accelerate's names."""
 
+
+class TrackingConfig(Section):
+    """What trackers and the progress bar show."""
+
+    to: tuple[Annotated[TrackerName, BeforeValidator(lambda name: "comet_ml" if name == "comet" else name)], ...] = (
+        "tensorboard",
+    )
+    """Where curves, pictures and the config go; all but TensorBoard are packages to be installed. Credentials,
+    addresses and modes are the environment's (WANDB_API_KEY, WANDB_MODE=offline, MLFLOW_TRACKING_URI, …); without any,
+    MLflow writes `mlruns` in the run directory. A resumed run goes on in the same remote run."""
+    project: Annotated[str, Field(min_length=1)] = "mcir"
+    """That the run belongs to (MLflow: experiment), where the tracker's own environment variable does not say."""
     log_every: PositiveInt = 100
     """Optimizer steps between two log lines. Only these steps wait for the device."""
     num_images: int = Field(2, ge=0)

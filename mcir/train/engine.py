@@ -42,6 +42,7 @@ from mcir.train.record import Record
 from mcir.train.state import State
 from mcir.train.steady import Pace, SteadyCollector
 from mcir.train.stop import StopRequest
+from mcir.train.trackers import require_installed
 from mcir.train.tracking import Meter, Tracker
 from mcir.train.trial import require_still_shared, try_network
 from mcir.train.validation import Validation
@@ -196,10 +197,10 @@ class Engine:
                 print(f"{self.run_dir}: nothing is left to do, {self.state.step} of {config.steps} steps are made")
             return 0
         meter, batches = Meter(), iter(self.loader)
-        tracker = Tracker(self.accelerator, self.run_dir, self.state.step + 1, config.steps)
+        tracker = Tracker(self.accelerator, config, self.run_dir, self.record, self.state.step + 1)
         stopping = StopRequest(self.accelerator, config.compute.timeout_s)
         with self.record, tracker, SteadyCollector() as collector, stopping as stop:
-            tracker.message(f"{self.run_dir}: {self}; curves: tensorboard --logdir {self.run_dir.parent}")
+            tracker.message(f"{self.run_dir}: {self}; {tracker.curves}")
             exit_code = 0
             while self.state.step < config.steps and not exit_code:
                 phase = phase_of(config.phases, self.state.step + 1)
@@ -265,6 +266,8 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
             f"{config.arch.name} does not train in {precision}: set compute.precision to fp32 (and mixed_precision to "
             "no)"
         )
+    if accelerator.is_main_process:
+        require_installed(config.tracking.to)
     accumulate = micro_batches(config, accelerator)
     set_micro_batches(accelerator, batch_size // accumulate, accumulate)
     config = config.model_copy(update={"accumulate": accumulate})

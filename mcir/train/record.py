@@ -3,6 +3,7 @@
     name, state, message    running | finished | preempted | interrupted | failed, and why it failed
     step, steps             the last step written down, and how many there will be
     best, images_per_s      {"metric", "value", "checkpoint"} of the best validation; speed over the last log period
+    trackers                {tracker: the id of its remote run}, with which a resumed run goes on there
     updated                 when all this was written (UTC); a `running` run whose record grows old was killed
     config                  the file beside it that holds the resolved config of the latest start
     starts                  one for each (re)start: time, step, reason, command, environment and resolved config
@@ -56,6 +57,7 @@ UNREADABLE: dict[str, Any] = {
     "steps": None,
     "best": None,
     "images_per_s": None,
+    "trackers": {},
     "updated": None,
     "starts": [],
 }
@@ -88,9 +90,11 @@ class Record:
         environment: dict[str, Any] | None = None,
     ) -> None:
         self._run_dir, self._lock, self._written = run_dir, lock, time.monotonic()
+        self.trackers: dict[str, str] = {}
         if run_dir is None:
             return
         before = _earlier(run_dir / FILE)
+        self.trackers |= before.get("trackers", {})
         reason = REASONS[before["state"]] if before else f"begun from {origin}" if origin else "begun"
         if before and before["message"]:
             reason += f": {before['message']}"
@@ -105,6 +109,7 @@ class Record:
             "steps": steps,
             "best": before.get("best"),
             "images_per_s": None,
+            "trackers": self.trackers,
             "updated": None,
             "config": "config.yaml",
             "starts": [*before.get("starts", []), start],

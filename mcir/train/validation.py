@@ -72,13 +72,14 @@ class Validation:
         if state.watch and (said := state.watch.validated(means[where]["psnr"])):
             tracker.message(f"step {state.step}: {said}")
         sign = -1 if metric in config.lower_is_better else 1
-        if not math.isfinite(value) or (state.best is not None and sign * value <= sign * state.best[0]):
-            return False
-        state.best = value, f"step-{state.step:08d}"
-        record.update(
-            step=state.step, best={"metric": f"{where}/{metric}", "value": value, "checkpoint": state.best[1]}
-        )
-        return True
+        better = math.isfinite(value) and (state.best is None or sign * value > sign * state.best[0])
+        if better:
+            state.best = value, f"step-{state.step:08d}"
+            best = {"metric": f"{where}/{metric}", "value": value, "checkpoint": state.best[1]}
+            record.update(step=state.step, best=best)
+        if state.best is not None:
+            tracker.scalars(state.step, {"validation/best": state.best[0]})
+        return better
 
     def restore(self, degraded: Tensor, state: State, record: Record) -> Tensor:
         """The validated weights on one batch; no collective."""
