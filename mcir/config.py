@@ -25,6 +25,7 @@ from mcir.objective.pcl import PCLConfig
 from mcir.objective.ratio import RatioConfig
 from mcir.parallel.config import ComputeConfig
 from mcir.section import TAGS, PathText, Section, parse_yaml, to_yaml
+from mcir.storage import CredentialsInURL
 from mcir.train.config import CheckpointConfig, TrackingConfig, WatchConfig
 from mcir.train.optim import OptimConfig, Segments
 
@@ -47,7 +48,8 @@ class RunConfig(Section):
     """Other crops and batches from a step on; data.crop_size and batch_size hold before the first."""
     arch: AnyArch
     init_from: PathText | None = None
-    """Weights to start from (.safetensors, .pth, .pt, .ckpt, .pk); `net.pth[params_ema]` names an entry of the file."""
+    """Weights to start from (.safetensors, .pth, .pt, .ckpt, .pk); `net.pth[params_ema]` names an entry of the file.
+    Also hf://owner/repo[/file][@revision], https://…#sha256=… and what fsspec opens, such as s3://bucket/file."""
     init_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the network's values that `init_from` must fill at least."""
     data: DataConfig
@@ -288,6 +290,8 @@ def _sentence(fault: Any, where: str, parent: Any) -> str:
         meant = f", do you mean {near[0]}?" if near else ""
         return f"{where}.{tag}: {fault['ctx']['tag']} is none of {', '.join(expected)}{meant}"
     message = fault["msg"].removeprefix("Value error, ")
+    if isinstance(fault.get("ctx", {}).get("error"), CredentialsInURL):
+        return f"{where}: {message}"
     return message if not where else f"{where}: {message} (given: {fault['input']!r})"
 
 

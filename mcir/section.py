@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 from mcir.errors import UserError
+from mcir.storage import require_no_secret
 
 TAGS = ("name", "format")
 """The fields that select one of several kinds of section."""
@@ -26,7 +27,8 @@ class Section(BaseModel):
 
 
 def expand(path: str) -> str:
-    """`~` at its beginning and `${NAME}` anywhere in a path filled in. ValueError for a variable that is not set."""
+    """`~` at its beginning and `${NAME}` anywhere in a path filled in. ValueError for a variable that is not set and
+    for a URL with credentials, which every record of the config would repeat."""
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
@@ -34,6 +36,7 @@ def expand(path: str) -> str:
         return os.environ[match[1]]
 
     filled = re.sub(r"\$\{(\w+)\}", value, path)
+    require_no_secret(filled)
     try:
         return str(Path(filled).expanduser()) if filled.startswith("~") else filled
     except RuntimeError as error:

@@ -20,6 +20,8 @@ from mcir.errors import UserError
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".pk", ".pkl", ".ckpt", ".bin", ".tar")
 WEIGHTS_FILE = "model.safetensors"
+ENTRY = re.compile(r"(.+)\[([^\[\]]+)\]")
+"""A file, and an entry in it."""
 
 # Where training codes put the state_dict inside their file, outermost first; BasicSR writes `params` and `params_ema`.
 EMA_ENTRIES = ("params_ema", "params-ema", "model_ema", "ema")
@@ -44,7 +46,7 @@ HARMLESS: list[Any] = [
 
 def split_entry(path: str | Path) -> tuple[Path, str | None]:
     """`net.pth[params_ema]` -> the file and the entry in it; what exists is a path, whatever is in its name."""
-    match = re.fullmatch(r"(.+)\[([^\[\]]+)\]", str(path))
+    match = ENTRY.fullmatch(str(path))
     if match and not Path(path).exists():
         return Path(match[1]), match[2]
     return Path(path), None

@@ -99,7 +99,8 @@ def evaluate(
         list[str],
         typer.Option(
             metavar="[NAME=]PATH...",
-            help="Weights files, checkpoints or runs (their best checkpoint); several compare.",
+            help="Weights files, checkpoints or runs (their best checkpoint), hf://owner/repo, "
+            "https://…#sha256=…, s3://…; several compare.",
         ),
     ],
     data: Annotated[
@@ -146,7 +147,7 @@ def evaluate(
     from mcir.weights.trained import open_trained
 
     accelerator = build_accelerator(batch_size=int(os.environ.get("WORLD_SIZE", "1")))
-    networks = open_trained(weights, _kind(weights_kind), arch, allow_import)
+    networks = open_trained(weights, _kind(weights_kind), arch, allow_import, accelerator)
     options = Options(_tile(tile), overlap, ensemble)
     outputs = Outputs(json, csv, plot, save_images, divergence)
     report = measure(
@@ -169,7 +170,9 @@ def evaluate(
 @app.command()
 def restore(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders and patterns.")],
-    weights: Annotated[str, typer.Option(metavar="PATH", help="Weights file, checkpoint or run.")],
+    weights: Annotated[
+        str, typer.Option(metavar="PATH", help="Weights file, checkpoint, run, hf://owner/repo or another URL.")
+    ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where the restored pictures go, by the same names.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo what exists.")] = False,
     weights_kind: WeightsKind = None,

@@ -120,7 +120,7 @@ def measure(
             check_tiles(network.arch.descriptor, _tile(test, options), options.overlap)
     if accelerator.is_main_process:
         for network in networks:
-            console.print(f"{network.name}: {network.path}", highlight=False, soft_wrap=True)
+            console.print(f"{network.name}: {network.origin}", highlight=False, soft_wrap=True)
         for name, test in sets.items():
             console.print(f"{name}: {test}", highlight=False, soft_wrap=True)
 
@@ -250,6 +250,7 @@ def _about(
         "weights": {
             network.name: {
                 "path": str(network.path),
+                "origin": network.origin,
                 "sha256": network.sha256,
                 "step": int(network.metadata["step"]) if "step" in network.metadata else None,
                 "arch": network.arch.model_dump(mode="json"),

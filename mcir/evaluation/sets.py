@@ -76,7 +76,8 @@ def read_place(place: str, scale: int) -> list[tuple[str, dict[str, Any], Any]]:
         if not isinstance(values, dict):
             raise UserError(f"--data {place}: is no mapping such as NAME={{source: …, protocol: …}}")
         return [(name, values, None)]
-    given, path = split_name(place)
+    given, text = split_name(place)
+    path = Path(text)
     if path.suffix in (".yaml", ".yml"):
         validation = load([path]).validation
         if validation is None:

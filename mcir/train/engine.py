@@ -48,6 +48,7 @@ from mcir.train.trial import require_still_shared, try_network
 from mcir.train.validation import Validation
 from mcir.train.watch import Watch
 from mcir.weights.files import load_into
+from mcir.weights.remote import fetch_all
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,10 @@ class Engine:
         torch.backends.cudnn.benchmark = config.compute.cudnn_benchmark
         set_seed(config.seed)  # the same on all ranks: FSDP2 shards each rank's own copy of the initial weights
         net = self.arch.build()
+        self.init_from: str | None = None
         if config.init_from:
-            report = load_into(net, Path(config.init_from), min_share=config.init_share)
+            (fetched,) = fetch_all([config.init_from], accelerator=accelerator)
+            report, self.init_from = load_into(net, fetched.path, min_share=config.init_share), fetched.origin
             if accelerator.is_main_process:
                 print(report)
         try_network(net, config, accelerator)
@@ -233,7 +236,7 @@ class Engine:
 
     def begin(self, start: runs.Start) -> None:
         """Open the run directory: from now on a run is there. Collective."""
-        self.record = runs.begin(self.config, self.accelerator, start)
+        self.record = runs.begin(self.config, self.accelerator, start, self.init_from)
         self.run_dir = start.run_dir
         if self.state.best is None:
             self.record.update(best=None)

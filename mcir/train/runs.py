@@ -71,8 +71,9 @@ def choose(accelerator: Accelerator, runs_dir: str, name: str, resume: str) -> S
     return start
 
 
-def begin(config: RunConfig, accelerator: Accelerator, start: Start) -> Record:
-    """Write down in the run directory, made if it is new, that training begins there. Collective."""
+def begin(config: RunConfig, accelerator: Accelerator, start: Start, init_from: str | None = None) -> Record:
+    """Write down in the run directory, made if it is new, that training begins there, and from which weights: their
+    commit or checksum. Collective."""
     if accelerator.is_main_process and start.is_new:
         names = [start.run_dir] if start.resume == "auto" else _names(Path(config.runs_dir) / config.name)
         start.run_dir = _make(names)
@@ -101,6 +102,7 @@ def begin(config: RunConfig, accelerator: Accelerator, start: Start) -> Record:
             "precision": precision_of(accelerator),
             "world_size": accelerator.num_processes,
             "processes": places,
+            "init_from": init_from,
         },
     )
 

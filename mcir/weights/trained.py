@@ -10,9 +10,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from pydantic import ValidationError
 from torch import nn
 
@@ -21,10 +22,9 @@ from mcir.archs.state_dict import EMA_ENTRIES, WEIGHTS_FILE, locate, split_entry
 from mcir.config import load
 from mcir.errors import UserError
 from mcir.section import parse_yaml
+from mcir.storage import is_url
 from mcir.weights.files import build_from, load_into, read_metadata
-
-EMA_FILE = "ema.safetensors"
-Kind = Literal["ema", "target"]
+from mcir.weights.remote import EMA_FILE, Kind, fetch_all, name_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Trained:
     """What results call it."""
     path: Path
     """The weights file."""
+    origin: str
+    """Where it is from: its path, or a URL with the commit or the checksum (`fetch`)."""
     sha256: str
     net: nn.Module
     arch: Arch
@@ -62,18 +64,24 @@ class Trained:
 
 
 def open_trained(
-    places: Sequence[str], kind: Kind | None = None, archs: Sequence[str] = (), allow_import: bool = False
+    places: Sequence[str],
+    kind: Kind | None = None,
+    archs: Sequence[str] = (),
+    allow_import: bool = False,
+    accelerator: Accelerator | None = None,
 ) -> list[Trained]:
     """The networks at `places`, each PATH or NAME=PATH.
 
-    A path is a weights file, a checkpoint's or export's folder, or a run directory (its best checkpoint, or the newest
-    where none is best). `kind` chooses where there are averaged (`ema`) and raw (`target`) weights; by default what
-    the run validates: the EMA where there is one. `archs` describes files that do not describe themselves: one for all
-    of them or one each, a YAML mapping such as `{name: edsr, scale: 2}` or a config file. `allow_import`: see
-    `build_from`. UserError: nothing there, damaged, not fitting, two with one name.
+    A path is a weights file, a checkpoint's or export's folder, a run directory (its best checkpoint, or the newest
+    where none is best), or a URL (`fetch`). `kind` chooses where there are averaged (`ema`) and raw (`target`) weights;
+    by default what the run validates: the EMA where there is one. `archs` describes files that do not describe
+    themselves: one for all of them or one each, a YAML mapping such as `{name: edsr, scale: 2}` or a config file.
+    `allow_import`: see `build_from`; `accelerator`: see `fetch_all`. UserError: nothing there, damaged, not fitting,
+    two with one name.
     """
     named = [split_name(place) for place in places]
-    files = [choose_file(path, kind) for _, path in named]
+    fetched = fetch_all([place for _, place in named], kind, accelerator)
+    files = [choose_file(one.path, None if one.chosen else kind) for one in fetched]
     bare = [file for file in files if "arch" not in read_metadata(file)]
     if len(archs) not in ((1, len(bare)) if bare else (0,)):
         if not bare:
@@ -85,8 +93,8 @@ def open_trained(
     described = [parse_arch(text) for text in archs] if len(archs) != 1 else [parse_arch(archs[0])] * len(bare)
     foreign = dict(zip(bare, described, strict=True))
     opened: list[Trained] = []
-    for (name, path), file in zip(named, files, strict=True):
-        name = name or default_name(path)
+    for (name, place), one, file in zip(named, fetched, files, strict=True):
+        name = name or (name_of(place) if is_url(place) else default_name(Path(place)))
         if any(name == other.name for other in opened):
             raise UserError(f"two weights are called {name}: give them names, NAME=PATH")
         sha256 = checksum(file)
@@ -95,16 +103,16 @@ def open_trained(
             net = _load_foreign(file, arch, kind)
         else:
             net, arch, metadata = build_from(file, allow_import=allow_import)
-        opened.append(Trained(name, file, sha256, net, arch, metadata))
+        opened.append(Trained(name, file, one.origin if is_url(one.origin) else str(file), sha256, net, arch, metadata))
     return opened
 
 
-def split_name(place: str) -> tuple[str | None, Path]:
+def split_name(place: str) -> tuple[str | None, str]:
     """NAME=PATH or PATH; what exists is a path, whatever is in its name."""
     match = re.fullmatch(r"([A-Za-z0-9][\w.+ -]*)=(.+)", place)
     if match and not Path(place).exists():
-        return match[1], Path(match[2])
-    return None, Path(place)
+        return match[1], match[2]
+    return None, place
 
 
 def default_name(path: Path) -> str:

@@ -5,14 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+from hashlib import sha256
 
+import fsspec
 import pytest
 from rich.console import Console
 
+from mcir.archs import parse
 from mcir.config import load, validate
 from mcir.errors import UserError
 from mcir.train.engine import build_engine
 from mcir.train.record import Record, read, table
+from mcir.weights.files import save_weights
 from tests.distributed.launch import ROOT, environment, run, write_config
 from tests.runs import tiny_config
 
@@ -44,6 +48,22 @@ def test_a_run_from_start_to_finish(tmp_path):
     assert start["environment"]["strategy"] == "single"
     assert start["environment"]["world_size"] == len(start["environment"]["processes"]) == 1
     assert start["environment"]["versions"].keys() >= {"torch", "accelerate", "mcir"}
+
+
+def test_the_weights_that_a_run_begins_from_are_pinned(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    values = tiny_config(tmp_path)
+    arch = parse(values["arch"])
+    save_weights(tmp_path / "w", arch.build().state_dict(), {"arch": arch.model_dump_json()})
+    data = (tmp_path / "w").read_bytes()
+    fsspec.filesystem("memory").pipe("/bucket/w.safetensors", data)
+    build_engine(validate(values | {"init_from": "memory://bucket/w.safetensors"}, "test"))
+    (start,) = record_of(tmp_path)["starts"]
+    expected = f"memory://bucket/w.safetensors#sha256={sha256(data).hexdigest()}"
+    assert start["environment"]["init_from"] == expected
+    with pytest.raises(UserError, match="init_from: the URL holds credentials") as error:
+        validate(values | {"init_from": "s3://key:secret@bucket/w.pth"}, "test")
+    assert "secret" not in str(error.value)
 
 
 def test_long_steps_and_validations_keep_the_record_fresh(tmp_path, monkeypatch):
