@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
             repo = self.server.root / ("models" if model else "") / name
             there = repo.is_dir()
             repo.mkdir(parents=True, exist_ok=True)
-            if asked.get("private"):
+            if asked.get("private") or asked.get("visibility") == "private":
                 (repo / ".private").touch()
             address = f"{self.server.endpoint}/{'' if model else 'datasets/'}{name}"
             answer = {"url": address, "error": "You already created this repo"}

@@ -293,21 +293,39 @@ def export(
     weights: Annotated[
         str, typer.Argument(metavar="[NAME=]PATH", help="Weights file, checkpoint or run (its best checkpoint).")
     ],
-    to: Annotated[str, typer.Option(help="basicsr, official, onnx or hub-folder.")],
+    to: Annotated[str, typer.Option(help="basicsr, official, onnx, hub-folder, or hub, which uploads that folder.")],
     output: Annotated[
         Path | None, typer.Option(help="File or folder to write; by default the weights' name, here.")
     ] = None,
     size: Annotated[tuple[int, int] | None, typer.Option(help="Height and width of an ONNX graph of one size.")] = None,
+    repo: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="With --to hub: the model repository.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Where --to hub makes the repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="With --to hub: a branch; by default main.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", metavar="ID", help="Of the weights, for the card, such as apache-2.0.")
+    ] = None,
     weights_kind: WeightsKind = None,
     arch: Archs = [],  # noqa: B006
     allow_import: AllowImport = False,
 ) -> None:
     """Write trained weights as another program reads them."""
+    import torch
+
+    from mcir.evaluation.samples import samples
     from mcir.weights.export import export as write
+    from mcir.weights.publish import publish
     from mcir.weights.trained import open_trained
 
+    if (to == "hub") != bool(repo) or (to != "hub" and (private or revision)):
+        raise UserError("--repo owner/name goes with --to hub, and so do --private and --revision")
+    if licence and to not in ("hub", "hub-folder"):
+        raise UserError("--license goes with --to hub and hub-folder, which write a card")
     trained = open_trained([weights], _kind(weights_kind), arch, allow_import)[0]
-    print(write(trained, to, output, size=size))  # type: ignore[arg-type]
+    pictures = samples(trained, torch.device("cpu")) if to in ("hub", "hub-folder") else None
+    if repo:
+        print(publish(trained, repo, private, revision, output, pictures, licence))
+    else:
+        print(write(trained, to, output, size, pictures, licence))  # type: ignore[arg-type]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ def prepare(repo: str, split: str, private: bool = False) -> None:
     network, or Parquet files of other splits there, which the new card would not list."""
     from huggingface_hub import HfApi
 
-    with _said(repo):
+    with refusals(f"--push {repo}"):
         api = HfApi()
         api.create_repo(repo, repo_type="dataset", private=private or None, exist_ok=True)
         files = api.list_repo_files(repo, repo_type="dataset")
@@ -24,7 +24,7 @@ def push(folder: Path, repo: str, split: str) -> str:
     """Upload shards and card in place of those of before; where they are now. UserError: the Hub refuses."""
     from huggingface_hub import HfApi
 
-    with _said(repo):
+    with refusals(f"--push {repo}"):
         commit = HfApi().upload_folder(
             repo_id=repo,
             repo_type="dataset",
@@ -37,12 +37,13 @@ def push(folder: Path, repo: str, split: str) -> str:
 
 
 @contextmanager
-def _said(repo: str) -> Iterator[None]:
+def refusals(option: str) -> Iterator[None]:
+    """What the Hub does not take as one sentence about the option that asked for it."""
     try:
         yield
     except Exception as error:  # of the network, the Hub, the token, the name
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"--push {repo}: the Hub does not take it ({said}); check the name, owner/name, the token (HF_TOKEN, or "
+            f"{option}: the Hub does not take it ({said}); check the name, owner/name, the token (HF_TOKEN, or "
             "`hf auth login`), the network and HF_HUB_OFFLINE"
         ) from error

@@ -95,7 +95,7 @@ def evaluate(
         if index % accelerator.num_processes != accelerator.process_index:
             continue
         try:
-            degraded, clean = (to_float(image[None]).to(accelerator.device) for image in _pair(row, data, scale))
+            degraded, clean = pair_of(row, data, scale, accelerator.device)
             restored = restore(degraded)
             scores = score(restored, clean, data.protocol, scale=scale)
             values = {metric: float(value) for metric, value in scores.items()}
@@ -143,13 +143,16 @@ def try_first(config: ValidationConfig, scale: int, device: torch.device) -> Non
             row = next(iter(units), None)
             if row is None:
                 raise UserError("no images to measure on")
-            _pair(row, data, scale)
+            pair_of(row, data, scale, device)
         except UserError as error:
             raise UserError(f"validation.sets.{name}: {error}") from error
 
 
-def _pair(row: Row, data: ValidationSet, scale: int) -> tuple[Tensor, Tensor]:
-    return validation_pair(row, scale, data.degradation, np.random.default_rng([0, zlib.crc32(row.key.encode())]))
+def pair_of(row: Row, data: ValidationSet, scale: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """degraded (1, 3, H, W) and clean (1, 3, s * H, s * W) of a row, in [0, 1] on the device. UserError, ValueError."""
+    rng = np.random.default_rng([0, zlib.crc32(row.key.encode())])
+    degraded, clean = validation_pair(row, scale, data.degradation, rng)
+    return to_float(degraded[None]).to(device), to_float(clean[None]).to(device)
 
 
 def baseline(scale: int) -> Restore:

@@ -5,10 +5,12 @@ would have to convert back.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import torch
@@ -54,17 +56,26 @@ OFFICIAL: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
 }
 
 
-def export(trained: Trained, to: Format, output: Path | None = None, *, size: tuple[int, int] | None = None) -> Path:
+def export(
+    trained: Trained,
+    to: Format,
+    output: Path | None = None,
+    size: tuple[int, int] | None = None,
+    pictures: Mapping[str, bytes] | None = None,
+    licence: str | None = None,
+    repo: str | None = None,
+) -> Path:
     """Write the weights as another program reads them, and return where (by default NAME.pth, NAME.onnx or NAME).
 
     `basicsr` writes
     {"params": …}, `official` what the network's own repository loads, `onnx` a graph from (N, 3, H, W) in [0, 1] to the
     restored image (any size for convolutional networks, otherwise one: `size`, the network's own or 256 x 256), and
-    `hub-folder` a folder with weights, config and model card. Raises UserError for an unknown format, a default name
+    `hub-folder` a folder with weights, config and model card, which shows `pictures` (PNG by caption), and names the
+    `licence` of the weights and where they will be, `repo`. Raises UserError for an unknown format, a default name
     that is taken and missing packages.
     """
     if to not in get_args(Format):
-        raise UserError(f"cannot export to '{to}': choose {', '.join(get_args(Format))}")
+        raise UserError(f"cannot export to '{to}': choose {', '.join(get_args(Format))}, hub")
     net, described = trained.net, trained.arch
     if output is None:
         output = Path(trained.name + {"onnx": ".onnx", "hub-folder": ""}.get(to, ".pth"))
@@ -74,7 +85,7 @@ def export(trained: Trained, to: Format, output: Path | None = None, *, size: tu
     if to == "onnx":
         _write_onnx(net.eval(), described, output, size)
     elif to == "hub-folder":
-        _write_hub_folder(trained, output)
+        _write_hub_folder(trained, output, pictures or {}, licence, repo)
     else:
         wrap = _params if to == "basicsr" else OFFICIAL.get(described.name)
         if wrap is None:
@@ -137,7 +148,9 @@ def _write_onnx(net: nn.Module, arch: Arch, output: Path, size: tuple[int, int] 
             raise UserError(f"the ONNX graph differs from the network by {difference:.2g}; it was not kept")
 
 
-def _write_hub_folder(trained: Trained, folder: Path) -> None:
+def _write_hub_folder(
+    trained: Trained, folder: Path, pictures: Mapping[str, bytes], licence: str | None, repo: str | None
+) -> None:
     if folder.is_file():
         raise UserError(f"{folder}: is a file; give a folder to write weights, config and model card into")
     folder.mkdir(exist_ok=True)
@@ -145,7 +158,11 @@ def _write_hub_folder(trained: Trained, folder: Path) -> None:
     save_weights(folder / WEIGHTS_FILE, trained.net.state_dict(), metadata)
     config = json.loads(metadata["config"]) if "config" in metadata else {"arch": json.loads(metadata["arch"])}
     (folder / "config.yaml").write_text(_yaml(config), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(trained.net, trained.arch, metadata), encoding="utf-8")
+    names = {caption: re.sub(r"\W+", "-", caption) + ".png" for caption in pictures}
+    for caption, picture in pictures.items():
+        (folder / names[caption]).write_bytes(picture)
+    card = model_card(trained.net, trained.arch, metadata, names, licence, repo)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _metadata(trained: Trained) -> dict[str, str]:
@@ -167,13 +184,29 @@ def _yaml(content: Any) -> str:
     return stream.getvalue()
 
 
-def model_card(net: nn.Module, arch: Arch, metadata: Mapping[str, str]) -> str:
-    """A Hub model card: what the network is, what it was trained on and how, what it reaches, how to run it."""
+def model_card(
+    net: nn.Module,
+    arch: Arch,
+    metadata: Mapping[str, str],
+    pictures: Mapping[str, str] = MappingProxyType({}),
+    licence: str | None = None,
+    repo: str | None = None,
+) -> str:
+    """A Hub model card: what the network is, what it was trained on and how, what it reaches, how to run it.
+    `pictures`: file names by caption."""
     config = json.loads(metadata.get("config", "{}"))
     metrics = json.loads(metadata.get("metrics", "{}"))
     parameters = sum(p.numel() for p in net.parameters())
-    task = f"x{arch.descriptor.scale} super-resolution" if arch.descriptor.scale > 1 else "image restoration"
-    header = {"library_name": "mcir", "pipeline_tag": "image-to-image", "tags": ["image-restoration", arch.name]}
+    scale = arch.descriptor.scale
+    task = f"x{scale} super-resolution" if scale > 1 else "image restoration"
+    tags = ["image-restoration", *(["super-resolution"] if scale > 1 else []), arch.name, "mcir"]
+    header: dict[str, Any] = {"license": licence or "unknown", "library_name": "mcir"}
+    header |= {"pipeline_tag": "image-to-image", "tags": tags}
+    sources = [
+        entry.get("source") or {} for entry in config.get("data", {}).get("train", []) if isinstance(entry, dict)
+    ]
+    if datasets := [source["repo"] for source in sources if source.get("format") == "hub"]:
+        header["datasets"] = datasets
     sections = [
         f"---\n{_yaml(header)}---",
         f"# {arch.name}\n\n{task.capitalize()}, {parameters:,} parameters, RGB in [0, 1] in and out"
@@ -181,16 +214,24 @@ def model_card(net: nn.Module, arch: Arch, metadata: Mapping[str, str]) -> str:
         + ".",
         f"## Network\n\n```yaml\n{_yaml(json.loads(metadata['arch']))}```",
     ]
+    if pictures:
+        shown = "\n\n".join(f"![{caption}]({name})\n\n{caption}" for caption, name in pictures.items())
+        sections.append(f"## Pictures\n\n{shown}")
     if "data" in config:
         sections.append(f"## Data\n\n```yaml\n{_yaml(config['data'])}```")
     if metrics:
         rows = "\n".join(f"| {name} | {value} |" for name, value in metrics.items())
         sections.append(f"## Metrics\n\n| metric | value |\n|---|---|\n{rows}")
     if config:
-        sections.append("## Training\n\n`mcir train config.yaml` with the config of this folder.")
+        sections.append("## Training\n\n`mcir train config.yaml` with the [config](config.yaml) of this folder.")
+    place = f"hf://{repo}" if repo else "."
+    measure = f"mcir evaluate --weights {place} --data config.yaml\n" if config.get("validation") else ""
     sections.append(
-        "## Use\n\n"
-        "```python\nfrom mcir.weights.files import build_from\n\n"
-        f'net, arch, metadata = build_from("{WEIGHTS_FILE}")  # restored = net(degraded), (N, 3, H, W)\n```'
+        f"## Use\n\n```sh\nmcir restore photo.png --weights {place} --output restored\n{measure}```\n\n"
+        "```python\nfrom mcir.weights.trained import open_trained\n\n"
+        f'net = open_trained(["{place}"])[0].net  # restored = net(degraded), (N, 3, H, W)\n```'
+    )
+    sections.append(
+        f"## Licence\n\n{licence or 'Not stated: ask the author'}. mcir is Apache-2.0; images keep their own."
     )
     return "\n\n".join(sections) + "\n"

@@ -196,7 +196,7 @@ def test_foreign_weights_with_a_description(tmp_path):
 
 def test_wrong_requests(tmp_path, monkeypatch):
     saved(tmp_path, SMALL["edsr"])
-    with pytest.raises(UserError, match="choose basicsr, official, onnx, hub-folder"):
+    with pytest.raises(UserError, match="choose basicsr, official, onnx, hub-folder, hub"):
         export(opened(tmp_path), "torchscript", tmp_path / "x")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="give a folder"):

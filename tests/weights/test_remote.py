@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcir import storage
 from mcir.archs import build
 from mcir.errors import UserError
 from mcir.weights.files import save_weights
 from mcir.weights.remote import fetch, name_of
 from mcir.weights.trained import open_trained
-from tests import hub
 from tests.hub import COMMIT
 
 ARCH = {"name": "edsr", "scale": 2, "num_features": 4, "num_blocks": 1}
@@ -35,29 +33,6 @@ def value(trained) -> float:
 
 def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache of the Hub's; and what fails is not tried again for seconds."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(storage, "PAUSES_S", (0.01, 0.01))
-    return tmp_path / "home"
-
-
-@pytest.fixture
-def the_hub(tmp_path, monkeypatch, cache):
-    from huggingface_hub import constants
-
-    with hub.serve(tmp_path / "hub") as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield server
 
 
 def test_weights_of_the_hub_are_those_of_the_file(the_hub, tmp_path, monkeypatch):
