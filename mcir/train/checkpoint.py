@@ -11,7 +11,8 @@ whole.
         manifest.json                        size and SHA-256 of every file
 
 A checkpoint is written to a hidden directory, flushed to the disk and renamed; only then are older ones removed, and
-never the last one that is whole and of healthy weights. Nothing is pickled.
+never the last one that is whole and of healthy weights. Nothing is pickled. All of that happens in a thread beside the
+training, from copies of the tensors.
 """
 
 import hashlib
@@ -20,17 +21,22 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch import distributed as dist
 
 from mcir.errors import UserError
 
@@ -58,13 +64,29 @@ class Checkpoint:
 
 
 class Checkpointer:
-    """Saves to and loads from `folder`. All methods are collective. `owned` raises UserError on the main process once
-    another one writes there."""
+    """Saves to `folder` beside the training and loads from it; one checkpoint is being written at a time. As a context
+    it is left when that one is there. `owned` raises UserError on the main process once another one writes there.
+
+    Each rank's thread writes its own share. They tell each other that they are done, or what went wrong, over a gloo
+    group of their own and never over the one that trains: all ranks' saves end alike, whatever step each of them is in.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, folder: Path, keep_last: int = 1, owned: Callable[[], None] = lambda: None
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        keep_last: int = 1,
+        owned: Callable[[], None] = lambda: None,
+        timeout_s: float = 1800,
     ) -> None:
         self.accelerator, self.folder, self.keep_last, self.owned = accelerator, folder, keep_last, owned
+        timeout, several = timedelta(seconds=timeout_s), accelerator.num_processes > 1
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if several else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+        self.times: dict[str, float] = {}
+        """Of the last save, in seconds: `save_stall_s`, that training stood still; `save_s`, once it is there, that it
+        was written beside the training."""
 
     def save(
         self,
@@ -72,11 +94,16 @@ class Checkpointer:
         files: Mapping[str, Mapping[str, Tensor]],
         texts: Mapping[str, str],
         metadata: Mapping[str, str],
+        keep: Path | None = None,
     ) -> Path:
-        """Write a checkpoint. `files`: this rank's safetensors, by name; `texts`: rank 0's text files.
+        """Begin to write a checkpoint and then to remove all but the last `keep_last` ones that are worth something and
+        `keep`; the path that it will have. Collective, after a `join`.
 
-        A file that cannot be written (a full disk) is an error on all ranks; earlier checkpoints stay as they are.
+        `files`: this rank's safetensors by name, which nobody changes any more; `texts`: rank 0's text files. UserError
+        on all ranks: there is no room for all ranks' files.
         """
+        assert self._saving is None, "the one before has not been joined"
+        self.times.clear()
         final, main = self.folder / f"step-{step:08d}", self.accelerator.is_main_process
         temporary = final.with_name(f".{final.name}.partial")
 
@@ -85,15 +112,11 @@ class Checkpointer:
             mine, problem = {}, None
             try:
                 mine = work() if work else {}
-            except (
-                OSError,
-                UserError,
-                RuntimeError,
-            ) as error:  # safetensors' own error, on a full disk, is one of them
+            except (OSError, UserError, RuntimeError) as error:  # safetensors' own, on a full disk, is one of them
                 problem = str(error)
             except Exception as error:
                 problem = f"{type(error).__name__}: {error}"
-            gathered = gather_object([(mine, problem)])
+            gathered = self._gather((mine, problem))
             problems = [problem for _, problem in gathered if problem]
             if problems:
                 if main:
@@ -105,25 +128,53 @@ class Checkpointer:
             self.owned()
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
+            _require_space(temporary, num_bytes)
             return {}
 
-        def end() -> dict[str, Any]:
+        def end(manifest: Mapping[str, Any]) -> dict[str, Any]:
             self.owned()
             publish(temporary, final, manifest)
+            prune(self.folder, self.keep_last, keep)
             return {}
 
+        def write() -> None:
+            begun = time.perf_counter()
+            manifest = together(lambda: write_files(temporary, files, texts if main else {}, metadata))
+            together((lambda: end(manifest)) if main else None)
+            self.times["save_s"] = time.perf_counter() - begun
+
+        num_bytes = sum(self._gather(sum(t.nbytes for file in files.values() for t in file.values())))
         together(begin if main else None)
-        manifest = together(lambda: write_files(temporary, files, texts if main else {}, metadata))
-        together(end if main else None)
+        self._saving = self._thread.submit(write)
         return final
 
-    def prune(self, keep: Path | None) -> None:
-        """Remove all but the last `keep_last` checkpoints that are worth something, and `keep`."""
-        if self.accelerator.is_main_process:
-            prune(self.folder, self.keep_last, keep)
+    @property
+    def failed(self) -> bool:
+        """Whether it is known by now, on this rank, that `join` will raise."""
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+
+    def join(self) -> None:
+        """Wait until what `save` began is done. UserError, on all ranks alike: it could not be written; earlier
+        checkpoints are as they were."""
+        if self._saving is not None:
+            wait([self._saving])  # may be interrupted, and called again
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.join()
+        except Exception as problem:
+            if error is None:
+                raise
+            log.error("%s", problem)  # the error that ends the run is the other one
 
     def latest(self) -> Checkpoint | None:
-        """`newest`, the same on all ranks."""
+        """`newest`, the same on all ranks. Collective."""
+        self.join()
         found: list[str | None] = [None]
         if self.accelerator.is_main_process:
             path = newest(self.folder)
@@ -131,12 +182,19 @@ class Checkpointer:
         broadcast_object_list(found)
         return Checkpoint(Path(found[0])) if found[0] else None
 
+    def _gather(self, value: Any) -> list[Any]:
+        """All ranks' values; only ever one thread of a process is in here."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.accelerator.num_processes
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
 
 def write_files(
     folder: Path, files: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str], metadata: Mapping[str, str]
 ) -> dict[str, Any]:
     """Write and flush; size and checksum of each file, by name."""
-    _require_space(folder, sum(t.nbytes for file in files.values() for t in file.values()))
     for name, tensors in files.items():
         save_file(dict(tensors), folder / name, metadata={"format": "pt", **metadata})
     for name, text in texts.items():

@@ -35,13 +35,13 @@ from mcir.parallel.shards import cuts_weights
 from mcir.train import runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer
 from mcir.train.ema import EMA
-from mcir.train.log import log_step
+from mcir.train.log import log_save, log_step
 from mcir.train.memory import micro_batches
 from mcir.train.optim import set_lr
 from mcir.train.record import Record
 from mcir.train.state import State
 from mcir.train.steady import Pace, SteadyCollector
-from mcir.train.stop import StopRequest
+from mcir.train.stop import FAILED, StopRequest
 from mcir.train.trackers import require_installed
 from mcir.train.tracking import Meter, Tracker
 from mcir.train.trial import require_still_shared, try_network
@@ -202,7 +202,7 @@ class Engine:
         meter, batches = Meter(), iter(self.loader)
         tracker = Tracker(self.accelerator, config, self.run_dir, self.record, self.state.step + 1)
         stopping = StopRequest(self.accelerator, config.compute.timeout_s)
-        with self.record, tracker, SteadyCollector() as collector, stopping as stop:
+        with self.record, tracker, SteadyCollector() as collector, stopping as stop, self.checkpointer:
             tracker.message(f"{self.run_dir}: {self}; {tracker.curves}")
             exit_code = 0
             while self.state.step < config.steps and not exit_code:
@@ -216,7 +216,9 @@ class Engine:
                 tracker.advance()
                 collector.collect(self.state.step)
                 self.record.keep_fresh(self.state.step)
-                exit_code = stop.agreed()
+                exit_code = stop.agreed(self.checkpointer.failed)
+                if exit_code == FAILED:
+                    self.checkpointer.join()  # raises what went wrong
                 last = self.state.step == config.steps
                 save = last or exit_code or self.state.step % config.checkpoint.every == 0
                 if last or exit_code or self.state.step % config.tracking.log_every == 0:
@@ -228,8 +230,10 @@ class Engine:
                 if save:
                     with meter.pause():
                         path = self.state.save(self.checkpointer)
-                    if exit_code:
-                        tracker.message(f"stopped at step {self.state.step}, saved {path}; go on with --resume auto")
+            self.checkpointer.join()
+            log_save(self, tracker)
+            if exit_code:
+                tracker.message(f"stopped at step {self.state.step}, saved {path}; go on with --resume auto")
             self.record.end(exit_code, self.state.step)
             self.accelerator.wait_for_everyone()  # a launcher may end all when the first process has ended
         return exit_code
@@ -241,7 +245,8 @@ class Engine:
         if self.state.best is None:
             self.record.update(best=None)
         folder, keep_last = self.run_dir / "checkpoints", self.config.checkpoint.keep_last
-        self.checkpointer = Checkpointer(self.accelerator, folder, keep_last, self.record.require_owned)
+        owned, timeout_s = self.record.require_owned, self.config.compute.timeout_s
+        self.checkpointer = Checkpointer(self.accelerator, folder, keep_last, owned, timeout_s)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint. Collective."""

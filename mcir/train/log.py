@@ -24,7 +24,10 @@ def log_step(engine: "Engine", tracker: Tracker, meter: Meter) -> None:
             f"step {engine.state.step}: rank {slowest} takes {uneven:.2f} times as long as the fastest for its data "
             "and forward pass, and all wait for it: look at its host's disk, GPU clocks and other work"
         )
-    watched, said = engine.state.watch.report(engine.checkpointer.folder) if engine.state.watch else ({}, None)
+    watch = engine.state.watch
+    if watch and watch.has_closed:
+        engine.checkpointer.join()  # its report names the last good one
+    watched, said = watch.report(engine.checkpointer.folder) if watch else ({}, None)
     if said:
         tracker.message(f"step {engine.state.step}: {said}")
     if engine.most_skipped > engine.config.optim.max_skipped:
@@ -55,7 +58,17 @@ def log_step(engine: "Engine", tracker: Tracker, meter: Meter) -> None:
         "data/skipped": float(engine.state.num_skipped()),
     }
     tracker.scalars(engine.state.step, scalars)
+    log_save(engine, tracker)
     tracker.status(engine.state.step, values, share, speed)
     engine.record.update(step=engine.state.step, images_per_s=speed["images_per_s"])
     if sources and engine.state.step == engine.config.steps and engine.accelerator.is_main_process:
         tracker.console.print(sources_table(sources))
+
+
+def log_save(engine: "Engine", tracker: Tracker) -> None:
+    """Write what a save has cost, once it is there (`Checkpointer.times`)."""
+    times = engine.checkpointer.times
+    if "save_s" in times:
+        tracker.scalars(engine.state.step, {f"speed/{name}": value for name, value in times.items()})
+        engine.record.update(**times)
+        times.clear()

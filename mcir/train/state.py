@@ -3,6 +3,7 @@ wrote it."""
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -58,7 +59,13 @@ class State:
     """Of the weights as they are now, for the files' metadata."""
 
     def save(self, checkpointer: Checkpointer) -> Path:
-        """Write a checkpoint of this moment and prune older ones. Collective."""
+        """Copy this moment to the CPU and have it written beside the training; the path that it will have. Collective.
+
+        The copy is all that is written, so the steps that follow change nothing of it. There is one at a time: until it
+        is written, a rank holds its share of the checkpoint (rank 0 all but the others' moments) in memory.
+        """
+        begun = time.perf_counter()
+        checkpointer.join()
         accelerator, files = self.accelerator, dict[str, dict[str, Tensor]]()
         self._require_equal()
         main = accelerator.is_main_process
@@ -94,9 +101,9 @@ class State:
         metadata = {"arch": json.dumps(config["arch"]), "config": json.dumps(config), "step": str(self.step)}
         metadata |= {"metrics": json.dumps(self.measured)} if self.measured else {}
         texts = {"state.json": json.dumps(state), "config.yaml": dump(self.config)}
-        path = checkpointer.save(self.step, files, texts, metadata)
         best = checkpointer.folder / self.best[1] if self.best and self.config.checkpoint.keep_best else None
-        checkpointer.prune(best)
+        path = checkpointer.save(self.step, files, texts, metadata, best)
+        checkpointer.times["save_stall_s"] = time.perf_counter() - begun
         return path
 
     def _require_equal(self) -> None:

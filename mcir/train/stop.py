@@ -1,5 +1,5 @@
-"""Signals that ask a run to stop, agreed by all ranks: a signal to any process stops all of them after the same
-step."""
+"""Signals that ask a run to stop, and failures beside the training, agreed by all ranks: what reaches any process
+stops all of them after the same step."""
 
 import signal
 from datetime import timedelta
@@ -13,6 +13,8 @@ from torch import distributed as dist
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
 """75 (EX_TEMPFAIL): a checkpoint was saved, start me again with `--resume auto`. 130: interrupted by the user,
 saved too."""
+FAILED = 1
+"""What all ranks agree on where one has failed and no signal asks for more."""
 
 
 class StopRequest:
@@ -38,19 +40,21 @@ class StopRequest:
             self._pending[1].wait()
             self._pending = None
 
-    def agreed(self) -> int:
-        """Exit code that a signal to any rank asks for, 0 for none; the same on all ranks. Call once a step, on all.
+    def agreed(self, failed: bool = False) -> int:
+        """Exit code that a signal to any rank asks for, FAILED if one has `failed`, else 0; the same on all ranks. Call
+        once a step, on all.
 
         The ranks' flags are reduced in the background of one step and read in the next, so that nobody waits.
         """
+        own = max(self._received, FAILED * failed)
         if self._group is None:
-            return self._received
+            return own
         agreed = 0
         if self._pending is not None:
             flag, work = self._pending
             work.wait()
             agreed = int(flag)
-        flag = torch.tensor(self._received)
+        flag = torch.tensor(own)
         work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         self._pending = (flag, work)

@@ -76,12 +76,17 @@ class Watch:
         """Whether a checkpoint of this moment would be one of a run that is leaving its band. Waits for the device."""
         return bool((self.run >= max(2, self.config.patience // 4)).any())
 
+    @property
+    def has_closed(self) -> bool:
+        """Whether the gate is closed. Waits for the device."""
+        return not bool(self.gate.isfinite())
+
     def report(self, folder: Path) -> tuple[dict[str, float], str | None]:
         """Scalars and, where there were spikes, a sentence, since the last report. Waits for the device.
 
         UserError where the gate has closed: it names the last checkpoint in `folder` from before the trouble.
         """
-        if not bool(self.gate.isfinite()):
+        if self.has_closed:
             raise UserError(self._stopped(folder))
         spikes, highest, mean = self.spikes.tolist(), self.highest.tolist(), self.mean.tolist()
         deviation = torch.maximum(self.variance.sqrt(), self._least())[0].item()

@@ -2,6 +2,8 @@ import json
 import logging
 import shutil
 import subprocess
+import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 
 from mcir.config import load, validate
 from mcir.errors import UserError
-from mcir.train.checkpoint import Checkpointer, damage, is_healthy, newest
+from mcir.train.checkpoint import Checkpointer, damage, is_healthy, newest, to_cpu
 from mcir.train.engine import build_engine
 from tests.runs import tiny_config
 from tests.train.dying import killed_at_each_call
@@ -22,9 +24,13 @@ def checkpointer(folder, keep_last=3):
     return Checkpointer(Accelerator(cpu=True), folder, keep_last)
 
 
-def save(made, step, value=1.0, healthy=True):
+def save(made, step, value=1.0, healthy=True, keep=None):
+    """And wait until it is there."""
     texts = {"state.json": json.dumps({"step": step, "healthy": healthy})}
-    return made.save(step, {"model.safetensors": {"w": torch.full((100,), value)}}, texts, {"arch": "{}"})
+    tensors = {"w": torch.full((100,), value)}
+    path = made.save(step, {"model.safetensors": tensors}, texts, {"arch": "{}"}, keep)
+    made.join()
+    return path
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "manifest"])
@@ -53,14 +59,13 @@ def test_an_unfinished_checkpoint_is_never_seen(tmp_path):
     (tmp_path / ".step-00000005.partial").mkdir(parents=True)
     assert made.latest() is None
     save(made, 6)
-    made.prune(keep=None)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
 
 
 def test_pruning_keeps_the_last_ones_and_the_best(tmp_path):
     made = checkpointer(tmp_path, keep_last=2)
-    paths = [save(made, step) for step in range(1, 6)]
-    made.prune(keep=paths[1])
+    for step in range(1, 6):
+        save(made, step, keep=tmp_path / "step-00000002")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000004", "step-00000005"]
 
 
@@ -69,7 +74,6 @@ def test_a_damaged_checkpoint_pushes_out_no_good_one(tmp_path):
     save(made, 1)
     (save(made, 5) / "model.safetensors").write_bytes(b"")
     save(made, 2)
-    made.prune(keep=None)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
@@ -77,13 +81,11 @@ def test_checkpoints_of_sick_weights_push_out_no_healthy_one(tmp_path):
     made = checkpointer(tmp_path, keep_last=1)
     for step, healthy in ((1, True), (2, False), (3, False)):
         save(made, step, healthy=healthy)
-        made.prune(keep=None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
     latest = made.latest()
     assert latest is not None
     assert latest.path.name == "step-00000001"
     save(made, 4)
-    made.prune(keep=None)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
@@ -112,13 +114,9 @@ def test_killed_at_any_system_call_of_a_save_it_leaves_a_whole_healthy_checkpoin
         shutil.rmtree(made.folder, ignore_errors=True)
         shutil.copytree(before.folder, made.folder)
 
-    def work():
-        save(made, 2, 2.0)
-        made.prune(keep=None)
-
     found = []
     try:
-        for _ in killed_at_each_call(restore, work, changing):
+        for _ in killed_at_each_call(restore, lambda: save(made, 2, 2.0), changing):
             path = newest(made.folder)
             found.append(path and (path.name, float(load_file(path / "model.safetensors")["w"][0]), is_healthy(path)))
     except OSError as error:
@@ -133,21 +131,87 @@ def test_killed_at_any_system_call_of_a_save_it_leaves_a_whole_healthy_checkpoin
     assert [path.name for path in made.folder.iterdir()] == ["step-00000002"]
 
 
-def test_a_full_disk_is_an_error_and_loses_nothing(tmp_path):
-    """On a real file system of 1 MiB."""
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], check=False, capture_output=True
-    ).returncode:
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MiB."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs needs root")
-    try:
-        made = checkpointer(tmp_path / "checkpoints")
-        first = save(made, 1)
-        with pytest.raises(UserError, match=r"step 2 could not be written.*make room"):
-            made.save(2, {"model.safetensors": {"w": torch.zeros(2**20)}}, {}, {})
-        assert damage(first) is None
-        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("found_out", ["before it is begun", "beside the training"])
+def test_a_full_disk_is_an_error_and_loses_nothing(small_disk, found_out):
+    made = checkpointer(small_disk / "checkpoints")
+    first = save(made, 1)
+    big = {"model.safetensors": {"w": torch.zeros(2**20)}}
+    if found_out == "before it is begun":
+        with pytest.raises(UserError, match=r"step 2 could not be written.*needs 4 MiB.*make room"):
+            made.save(2, big, {}, {})
+    else:
+        made.save(2, {}, {"state.json": "x" * 2**21}, {})
+        with pytest.raises(UserError, match=r"step 2 could not be written.*No space left"):
+            made.join()
+    made.join()  # is said once
+    assert damage(first) is None
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def held_up(made):
+    """Has the thread do nothing until the event that is returned is set."""
+    go_on = threading.Event()
+    made._thread.submit(go_on.wait)
+    return go_on
+
+
+def test_steps_beside_a_save_change_nothing_of_it_and_the_copy_is_dropped_after_it(tmp_path, monkeypatch):
+    engine = build_engine(validate(tiny_config(tmp_path), "run"))
+    batches = iter(engine.loader)
+    engine.step([next(batches)])
+    path = engine.state.save(engine.checkpointer)
+    engine.checkpointer.join()
+    expected = content(path)
+    shutil.rmtree(path)
+    staged = []
+    monkeypatch.setattr("mcir.train.state.to_cpu", lambda t: staged.append(weakref.ref(c := to_cpu(t))) or c)
+    go_on = held_up(engine.checkpointer)
+    engine.state.save(engine.checkpointer)
+    engine.step([next(batches)])
+    assert not path.exists()
+    assert all(copy() is not None for copy in staged)
+    go_on.set()
+    engine.checkpointer.join()
+    assert content(path) == expected
+    assert len(staged) == sum(isinstance(value, bytes) for value in expected.values()) > 50
+    assert not any(copy() is not None for copy in staged)
+
+
+def content(checkpoint):
+    """Each tensor's bytes and the state's text."""
+    files = [(file.name, load_file(file)) for file in checkpoint.glob("*.safetensors")]
+    tensors = {f"{name}:{key}": value.numpy().tobytes() for name, file in files for key, value in file.items()}
+    return tensors | {"state": (checkpoint / "state.json").read_text()}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_an_error_ends_waits_for_the_checkpoint_that_is_being_written(tmp_path, monkeypatch, error):
+    engine = build_engine(validate(tiny_config(tmp_path, checkpoint={"every": 3}), "run"))
+    step, path = engine.step, engine.run_dir / "checkpoints" / "step-00000003"
+    go_on = held_up(engine.checkpointer)
+
+    def failing(batches):
+        if engine.state.step == 4:
+            assert not path.exists()
+            threading.Timer(0.3, go_on.set).start()
+            raise error("in the middle of a step")
+        return step(batches)
+
+    monkeypatch.setattr(engine, "step", failing)
+    with pytest.raises(error, match="middle"):
+        engine.fit()
+    assert damage(path) is None
+    assert not (engine.run_dir / "lock.json").exists()  # released only then
 
 
 @pytest.fixture

@@ -240,6 +240,7 @@ def test_fp16_scales_its_loss_halves_the_scale_where_it_overflows_and_goes_on_ex
         if whole.state.step == 5:
             assert all(torch.equal(a, b) for a, b in zip(before, whole.model.parameters(), strict=True))
             path = whole.state.save(whole.checkpointer)
+            whole.checkpointer.join()
     overflows = int(sum(skipped))
     last = max(i for i, was_skipped in enumerate(skipped) if was_skipped)
     assert skipped[:8] == [1.0] * 8
