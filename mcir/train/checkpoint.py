@@ -306,7 +306,7 @@ def _flush(path: Path) -> None:
 def _require_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise OSError(f"it needs {num_bytes / 2**20:.0f} MiB and the disk has {free / 2**20:.0f} MiB left; make room")
+        raise OSError(f"it needs {num_bytes / 2**20:.1f} MiB and the disk has {free / 2**20:.1f} MiB left; make room")
 
 
 def to_cpu(tensor: Tensor) -> Tensor:

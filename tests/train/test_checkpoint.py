@@ -147,7 +147,7 @@ def test_a_full_disk_is_an_error_and_loses_nothing(small_disk, found_out):
     first = save(made, 1)
     big = {"model.safetensors": {"w": torch.zeros(2**20)}}
     if found_out == "before it is begun":
-        with pytest.raises(UserError, match=r"step 2 could not be written.*needs 4 MiB.*make room"):
+        with pytest.raises(UserError, match=r"step 2 could not be written.*needs 4.0 MiB.*make room"):
             made.save(2, big, {}, {})
     else:
         made.save(2, {}, {"state.json": "x" * 2**21}, {})
