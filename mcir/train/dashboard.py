@@ -17,6 +17,7 @@ CHARTS: dict[str, dict[str, list[str]]] = {
     "Is it fast?": {
         "images/s": ["speed/images_per_s$"],
         "share of the time: waiting for data; validating and saving": ["speed/data_wait$", "speed/maintenance$"],
+        "seconds of a save: beside the training; that training stood still": ["speed/save_s$", "speed/save_stall_s$"],
         "slowest rank, times the fastest": ["speed/slowest_rank$"],
         "memory (GiB)": ["speed/memory_gib$"],
     },

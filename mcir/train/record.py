@@ -3,6 +3,7 @@
     name, state, message    running | finished | preempted | interrupted | failed, and why it failed
     step, steps             the last step written down, and how many there will be
     best, images_per_s      {"metric", "value", "checkpoint"} of the best validation; speed over the last log period
+    save_s, save_stall_s    seconds that the last save took beside the training, and that training stood still for it
     trackers                {tracker: the id of its remote run}, with which a resumed run goes on there
     updated                 when all this was written (UTC); a `running` run whose record grows old was killed
     config                  the file beside it that holds the resolved config of the latest start

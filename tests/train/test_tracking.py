@@ -1,4 +1,5 @@
 import io
+import json
 import re
 from pathlib import Path
 
@@ -36,12 +37,16 @@ def test_scalars(run):
     seen = events(run.run_dir)
     expected = {"loss/total", "loss/reconstruction", "loss/contrast", "optim/lr", "optim/grad_norm", "optim/skipped"}
     expected |= {"speed/images_per_s", "speed/data_wait", "speed/memory_gib", "data/skipped"}
+    expected |= {"speed/save_s", "speed/save_stall_s"}
     expected |= {f"negatives/age_{k}" for k in range(3)}
     expected |= {f"validation/{name}/{metric}" for name in ("held", "rgb") for metric in ("psnr", "ssim")}
     assert expected <= set(seen.Tags()["scalars"])
     assert [event.step for event in seen.Scalars("loss/total")] == [2, 4, 6]
     assert [event.value for event in seen.Scalars("negatives/age_1")] == [2, 1, 0]  # updated every 3 steps
     assert [event.step for event in seen.Scalars("validation/held/psnr")] == [2, 4, 6]
+    record = json.loads((run.run_dir / "run.json").read_text())
+    for name in ("save_s", "save_stall_s"):
+        assert 0 < record[name] == pytest.approx(seen.Scalars(f"speed/{name}")[-1].value)
     assert seen.Scalars("loss/total")[0].value == pytest.approx(
         seen.Scalars("loss/reconstruction")[0].value + seen.Scalars("loss/contrast")[0].value, abs=1e-6
     )
