@@ -109,13 +109,13 @@ class Features(nn.Module):
 
 def _load(network: str, depth: int, weights: str) -> nn.Sequential:
     """The first `depth` layers of torchvision's network (`features` of a VGG, children of a resnet), with weights."""
-    from torchvision import models
-
     ways_out = "set objective.contrast.features.weights to a file with torchvision's keys, or to `random`"
     layers = _initial(network, depth)
     if weights == "random":
         return layers
     if weights == "imagenet":
+        from torchvision import models
+
         url = models.get_model_weights(network).IMAGENET1K_V1.url
         try:
             state = torch.hub.load_state_dict_from_url(url, weights_only=True, progress=False)
@@ -139,20 +139,29 @@ def _load(network: str, depth: int, weights: str) -> nn.Sequential:
 
 def _initial(network: str, depth: int) -> nn.Sequential:
     """The layers with random weights, the same everywhere."""
-    from torchvision import models
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if network in RESNET_STAGES:
+            from torchvision import models
+
             return nn.Sequential(OrderedDict(islice(models.get_model(network, weights=None).named_children(), depth)))
-        layers = models.get_model(network, weights=None, init_weights=False).features[:depth]
-        for i, layer in enumerate(layers):
-            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
-            if isinstance(layer, nn.ReLU):
-                layers[i] = nn.ReLU(inplace=False)  # a tap must keep its values
-    return layers
+        return _vgg(CONVS_PER_STAGE[network])[:depth]
+
+
+def _vgg(convs_per_stage: tuple[int, ...]) -> nn.Sequential:
+    """torchvision's `vgg.features` with He initialisation. torchvision itself takes two seconds to import."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for stage, convs in enumerate(convs_per_stage):
+        for _ in range(convs):
+            conv = nn.Conv2d(channels, channels := min(64 << stage, 512), 3, padding=1)
+            layers += [conv, nn.ReLU()]  # not in place: a tap must keep its values
+        layers.append(nn.MaxPool2d(2))
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
 
 
 def _read(path: Path, ways_out: str) -> dict[str, Tensor]:

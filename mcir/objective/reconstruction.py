@@ -4,7 +4,7 @@ fp32.
 Each entry of the `objective.reconstruction` section is the loss itself: its fields are its arguments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -22,12 +22,6 @@ class _Loss(Section):
     """Factor of this loss in the objective."""
     min_side: ClassVar[int] = 1
     """Smallest side of an image that it can be taken of."""
-
-    def build(self) -> "_Loss | nn.Module":
-        return self
-
-    def __call__(self, restored: Tensor, clean: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 class L1(_Loss):
@@ -171,12 +165,13 @@ Terms = Annotated[
 class Reconstruction(nn.Module):
     """The terms by name; a second one of a name is called `name_2`. Their sum is the loss."""
 
-    def __init__(self, terms: Sequence[_Loss]) -> None:
+    def __init__(self, terms: Sequence[AnyReconstruction]) -> None:
         super().__init__()
-        self.terms: dict[str, _Loss | nn.Module] = {}
+        self.terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
         for term in terms:
             num_before = sum(other.name == term.name for other in terms[: len(self.terms)])
-            self.terms[f"{term.name}_{num_before + 1}" if num_before else term.name] = term.build()
+            name = f"{term.name}_{num_before + 1}" if num_before else term.name
+            self.terms[name] = term.build() if isinstance(term, Perceptual) else term
         self.features = nn.ModuleList(term for term in self.terms.values() if isinstance(term, nn.Module))
 
     def forward(self, restored: Tensor, clean: Tensor) -> dict[str, Tensor]:

@@ -75,6 +75,7 @@ def build_accelerator(
     fsdp_plugin = FullyShardedDataParallelPlugin() if fsdp else None
     parallelism = _parallelism(world_size)
     accelerator = Accelerator(
+        device_placement=False,  # before it moves a network it imports DTensor, to see whether it is one: with sympy
         cpu=rehearsal and not zero,
         parallelism_config=None if rehearsal else parallelism,
         mixed_precision="no",  # autocast over fp32 weights is ours under every strategy (`autocast`)

@@ -31,7 +31,7 @@ from mcir.parallel.accelerator import (
     strategy,
 )
 from mcir.parallel.scaling import LossScale
-from mcir.parallel.shards import cuts_weights
+from mcir.parallel.shards import cuts_weights, unwrapped
 from mcir.train import runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer
 from mcir.train.ema import EMA
@@ -93,6 +93,8 @@ class Engine:
             log.warning(
                 "the features have random weights (seeded He initialisation): these are not the network's numbers"
             )
+        if not cuts_weights(accelerator):
+            net.to(accelerator.device)
         optimizer = config.optim.optimizer.build(net.parameters())
         if config.compute.checkpoint_activations:
             checkpoint_activations(net, self.arch.descriptor)
@@ -101,7 +103,7 @@ class Engine:
                 compile_blocks(module, self.arch.descriptor)
         names = [name for name, _ in net.named_parameters()]
         self.model, self.optimizer = accelerator.prepare(net, optimizer)
-        require_still_shared(names, accelerator.unwrap_model(self.model))
+        require_still_shared(names, unwrapped(accelerator, self.model))
         self.model.train()
         decay, warmup = config.ema_decay, config.ema_warmup
         self.ema = EMA(accelerator, self.model, self.optimizer, decay, warmup) if decay else None

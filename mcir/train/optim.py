@@ -1,8 +1,11 @@
 """Optimizer and learning rate from the config. The rate is a pure function of the step: nothing of it is saved."""
 
+import inspect
 import math
+from abc import abstractmethod
 from collections.abc import Iterable
 from itertools import pairwise
+from types import MethodType
 from typing import Annotated, Literal, Self
 
 import torch
@@ -24,7 +27,7 @@ class Adam(Section):
     weight_decay: NonNegativeFloat = 0.0
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, self.lr, self.betas, self.eps, self.weight_decay, fused=True)
+        return _optimizer(torch.optim.Adam, self, parameters)
 
 
 class AdamW(Section):
@@ -37,7 +40,23 @@ class AdamW(Section):
     weight_decay: NonNegativeFloat = 0.01
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, self.lr, self.betas, self.eps, self.weight_decay, fused=True)
+        return _optimizer(torch.optim.AdamW, self, parameters)
+
+
+def _optimizer(
+    kind: type[torch.optim.Adam], section: Adam | AdamW, parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The fused optimizer, without torch.compile's import at its first calls: a third of a run's start.
+
+    torch's optimizers load the compiler to tell it that it must not trace them (`torch._compile._disable_dynamo` looks
+    for the answer in an attribute first; `step` breaks the graph). Nothing here traces an optimizer.
+    """
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        method = inspect.unwrap(getattr(torch.optim.Optimizer, name))
+        method.__dict__.setdefault("__dynamo_disable", method)
+    optimizer = kind(parameters, section.lr, section.betas, section.eps, section.weight_decay, fused=True)
+    optimizer.step = MethodType(torch.no_grad()(inspect.unwrap(kind.step)), optimizer)  # type: ignore[method-assign]
+    return optimizer
 
 
 class _Schedule(Section):
@@ -45,9 +64,9 @@ class _Schedule(Section):
     warmup_steps: NonNegativeInt = 0
     """Steps of linear rise to the base rate; the schedule itself is not shifted by them."""
 
+    @abstractmethod
     def rate(self, base: float, step: int, steps: int) -> float:
         """The rate of step `step`, counted from 0, of `steps`, from the base rate."""
-        raise NotImplementedError
 
 
 class Constant(_Schedule):
