@@ -55,7 +55,8 @@ def _optimizer(
         method = inspect.unwrap(getattr(torch.optim.Optimizer, name))
         method.__dict__.setdefault("__dynamo_disable", method)
     optimizer = kind(parameters, section.lr, section.betas, section.eps, section.weight_decay, fused=True)
-    optimizer.step = MethodType(torch.no_grad()(inspect.unwrap(kind.step)), optimizer)  # type: ignore[method-assign]
+    step = kind.profile_hook_step(torch.no_grad()(inspect.unwrap(kind.step)))
+    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
     return optimizer
 
 
