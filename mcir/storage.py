@@ -7,7 +7,8 @@ records and cards repeat; what a network drops is tried again; what stays lost i
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from glob import has_magic
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
@@ -18,9 +19,16 @@ T = TypeVar("T")
 
 PAUSES_S = (1.0, 4.0, 16.0)
 """Before each further attempt; fsspec's file systems try several times by themselves in each."""
+PATIENT_S = (*PAUSES_S, *[60.0] * 9)
+"""In the middle of a run: some ten minutes."""
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 _SECRET = re.compile(r"(^|[-_])(signature|sig|token|credential|password|secret|key)$", re.IGNORECASE)
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, UserError)
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PASSING = {
+    *("aiohttp.ClientError", "botocore.HTTPClientError", "http.HTTPException", "httpx.RequestError"),
+    *("httpx2.RequestError", "google.RetryError", "gcsfs.HttpError"),
+}
+"""Errors of a network that are no OSError."""
 
 
 class CredentialsInURL(ValueError):
@@ -58,20 +66,49 @@ def open_store(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: {error}") from error
 
 
-def steadily(work: Callable[[], T], place: str) -> T:
-    """What `work` gives, tried again after a pause where the network or the store fails. UserError about `place` where
-    it is not there, may not be read or written, or fails for good."""
-    for pause in (*PAUSES_S, None):
+def urls_at(place: str, suffix: str) -> list[str]:
+    """The files of one suffix at a folder (any depth), a file or a pattern of a store, as URLs, sorted."""
+    store, path = open_store(place)
+
+    def found() -> list[str]:
+        if has_magic(path):
+            return [name for name in store.glob(path) if name.lower().endswith(suffix)]
+        if path.lower().endswith(suffix):
+            return [path]
+        return [name for name in store.find(path) if name.lower().endswith(suffix)]
+
+    names = steadily(found, place)
+    return [store.unstrip_protocol(name) for name in sorted(names)]
+
+
+def is_of_the_network(error: Exception) -> bool:
+    """Whether an error of any file system is worth another attempt."""
+    names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    return bool(names & _PASSING) or (isinstance(error, OSError) and not isinstance(error, _FINAL))
+
+
+def retried(work: Callable[[], T], place: str, pauses_s: Sequence[float]) -> T:
+    """What `work` gives, tried again after each pause where the network or the store fails."""
+    for pause in pauses_s:
         try:
             return work()
-        except UserError:
-            raise
-        except Exception as error:  # of any file system: OSError, botocore's, aiohttp's, httpx's ...
-            if isinstance(error, _FINAL) or "Credential" in type(error).__name__ or pause is None:
-                raise UserError(sentence(place, error)) from error
+        except Exception as error:
+            if not is_of_the_network(error):
+                raise
             log.warning("%s: %s; trying again in %g s", place, first_line(error), pause)
             time.sleep(pause)
-    raise AssertionError
+    return work()
+
+
+def steadily(work: Callable[[], T], place: str, pauses_s: Sequence[float] | None = None) -> T:
+    """`retried`, by default after PAUSES_S. UserError about `place` where it is not there, may not be read or written,
+    or fails for good."""
+    try:
+        return retried(work, place, PAUSES_S if pauses_s is None else pauses_s)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(sentence(place, error)) from error
 
 
 def sentence(place: str, error: Exception) -> str:
@@ -83,7 +120,9 @@ def sentence(place: str, error: Exception) -> str:
             f"{place}: may not be accessed ({first_line(error)}): credentials are taken from the environment "
             "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, …)"
         )
-    return f"{place}: the network or the store fails ({first_line(error)}); check the address, or start again later"
+    if is_of_the_network(error):
+        return f"{place}: the network or the store fails ({first_line(error)}); check the address, or start again later"
+    return f"{place}: {first_line(error)}"
 
 
 def first_line(error: Exception) -> str:

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from imagecodecs import zlibng_crc32
 
+from mcir import storage
 from mcir.data.rows import Row, Units
 from mcir.errors import UserError
 from mcir.section import Section
+from mcir.storage import first_line, is_of_the_network, is_url, retried
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,6 +53,8 @@ class Columns(Section):
 
 
 COLUMNS = Columns()
+READ_AHEAD = {"hf": {"block_size": 2**16}, "gs": {"block_size": 2**16}, "s3": {"default_block_size": 2**16}}
+"""Bytes. By default it is 5 MiB, a third of a row group, and 50 MiB of S3."""
 EXTRA = "extra:"
 """Before the names of further columns, among the parts of a row."""
 
@@ -111,7 +115,7 @@ def open_parquet(
         data_files=[escape(file) for file in files],  # `datasets` takes names for patterns
         split="train",
         streaming=True,
-        storage_options={"hf": {"block_size": 2**16}},  # what is read ahead; 5 MiB would be a third of a row group
+        storage_options=READ_AHEAD,
         columns=[column for column in footers[0].columns if column in wanted],  # as stored: spares a copy
         fragment_scan_options=ParquetFragmentScanOptions(
             page_checksum_verification=bool(extra) or any(group.checksum is None for group in groups)
@@ -151,25 +155,35 @@ def _footer(file: str, name: str, columns: Columns, extra: Sequence[str]) -> _Fo
     import fsspec
     import pyarrow.parquet as pq
 
-    keys: list[str | None] = []
-    try:
+    def read() -> tuple[Any, list[str | None]]:
         with fsspec.open(file, "rb") as handle:
             metadata = pq.read_metadata(handle)
-            schema = metadata.schema.to_arrow_schema()
-            if columns.key in schema.names and "://" not in file:
-                keys = _keys(pq.read_table(handle, columns=[columns.key])[columns.key])
+            if is_url(file) or columns.key not in metadata.schema.to_arrow_schema().names:
+                return metadata, []
+            return metadata, _keys(pq.read_table(handle, columns=[columns.key])[columns.key])
+
+    try:
+        metadata, keys = retried(read, file, storage.PAUSES_S if _is_of_a_store(file) else ())
+        schema = metadata.schema.to_arrow_schema()
         checksums = json.loads((metadata.metadata or {}).get(CHECKSUMS, b"[]"))
         stored = _stored(schema, file, name, columns, extra)
     except UserError as error:
         return error
     except Exception as error:
+        if _is_of_a_store(file) and is_of_the_network(error):
+            return UserError(storage.sentence(file, error))
         if isinstance(error, ConnectionError):
             raise
-        way_out = "check the network, or pack the dataset again" if "://" in file else "pack the dataset again"
-        return UserError(f"{file} is not a readable Parquet file ({_first_line(error)}); {way_out}")
+        way_out = "check the network, or pack the dataset again" if is_url(file) else "pack the dataset again"
+        return UserError(f"{file} is not a readable Parquet file ({first_line(error)}); {way_out}")
     lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     known = isinstance(checksums, list) and len(checksums) == len(lengths)  # not where a copy was cut differently
     return _Footer(file, schema.names, stored, lengths, checksums if known else [None] * len(lengths), keys)
+
+
+def _is_of_a_store(file: str) -> bool:
+    """The Hub is none: `datasets` tries it again by itself, for some ten minutes."""
+    return is_url(file) and not file.startswith("hf://")
 
 
 def _stored(schema: "pa.Schema", file: str, name: str, columns: Columns, extra: Sequence[str]) -> dict[str, str]:
@@ -242,31 +256,37 @@ def _read_group(
     group = groups[unit]
     file = files[group.file]
     _let_arrow_finish()
-    try:
+
+    def read_table() -> Any:
         shard = _row_groups(dataset, group.file)
         shard = shard.shard(num_shards=shard.num_shards, index=group.index)
         # .iter and not __iter__: the latter would divide the row group among DataLoader workers
         (table,) = shard.iter(batch_size=group.length)
+        return table
+
+    try:
+        table = retried(read_table, file, storage.PATIENT_S if _is_of_a_store(file) else ())
         nothing: list[Any] = [None] * group.length
         columns = {part: _files(table[column]) for part, column in stored.items() if part != "key"}
         keys = _keys(table[stored["key"]]) if "key" in stored else nothing
         further = [files for part, files in columns.items() if part.startswith(EXTRA)]
         images = zip(columns["clean"], columns.get("degraded", nothing), *further, strict=True)
         name = os.path.relpath(file, os.path.commonpath([os.path.dirname(file) for file in files]))
-        read = [
+        rows: Sequence[Row | UserError]
+        rows = [
             _row(f"{name.removesuffix('.parquet')}-{number}" if key is None else key, image, file, number)
             for number, key, image in zip(count(group.first), keys, images, strict=False)
         ]
-        if group.checksum is not None and checksum(row for row in read if isinstance(row, Row)) != group.checksum:
+        if group.checksum is not None and checksum(row for row in rows if isinstance(row, Row)) != group.checksum:
             raise ValueError("its checksum is wrong")
-        rows: Sequence[Row | UserError] = read
     except Exception as error:  # the readers below raise OSError, ArrowInvalid, network errors...
         lost = f"rows {group.first} to {group.first + group.length - 1} (row group {group.index})"
-        if isinstance(error, ConnectionError):  # after some ten minutes of trying again
-            way_out = "the network or the Hub fails: start again later to continue"
+        if isinstance(error, ConnectionError) or (is_url(file) and is_of_the_network(error)):
+            what = "Hub" if file.startswith("hf://") else "store"
+            way_out = f"the network or the {what} fails: start again later to continue"
         else:
             way_out = "the file was changed after it was packed, or the disk fails: copy or pack it again"
-        rows = [UserError(f"{file}, {lost} cannot be read: {_first_line(error)}; {way_out}")] * group.length
+        rows = [UserError(f"{file}, {lost} cannot be read: {first_line(error)}; {way_out}")] * group.length
     yield from rows[start:]
 
 
@@ -328,7 +348,3 @@ def _files(column: "pa.ChunkedArray") -> list[_File | None]:
         present = chunk.is_valid().to_pylist()
         files += [images[ends[i] : ends[i + 1]] if there else None for i, there in enumerate(present)]
     return files
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -19,18 +19,20 @@ from functools import partial
 from itertools import islice, repeat
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from mcir.data.decode import decode, image_size
 from mcir.data.encode import centre, encode
-from mcir.data.files import IMAGE_SUFFIXES, LeftOut, files_at, why_left_out
+from mcir.data.files import IMAGE_SUFFIXES, LeftOut, files_at, is_left_over, why_left_out
 from mcir.data.layouts import find_pairs
 from mcir.data.pairs import Pair, Pairs, pair_folders
 from mcir.data.parquet import Columns, open_parquet
 from mcir.data.rows import Row, Units
 from mcir.errors import UserError
 from mcir.section import PathText, Section
+from mcir.storage import is_url, urls_at
 
 FILES_IN_A_UNIT = 16
 _CONVERTED = "refs/convert/parquet"
@@ -58,12 +60,17 @@ class ParquetSource(Source):
 
     format: Literal["parquet"] = "parquet"
     path: PathText
-    """A folder of *.parquet files, one file, or a glob."""
+    """A folder of *.parquet files, one file, or a glob; also of a store, such as s3://bucket/folder."""
     columns: Columns = Columns()
 
     def open(self, extra: Sequence[str] = ()) -> Units:
         left_out = LeftOut()
-        files = [str(file) for file in files_at(self.path, ".parquet", left_out)]
+        if is_url(self.path):
+            files = [
+                url for url in urls_at(self.path, ".parquet") if not is_left_over(PurePosixPath(urlsplit(url).path[1:]))
+            ]
+        else:
+            files = [str(file) for file in files_at(self.path, ".parquet", left_out)]
         if not files:
             raise UserError(
                 f"no Parquet files at {self.path}: give a folder of *.parquet files (`mcir data pack` makes them)"

@@ -6,7 +6,7 @@ settled by what the tables do, and shown, or asked for.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
@@ -21,9 +21,12 @@ from mcir.errors import UserError
 from mcir.evaluation.config import ValidationSet
 from mcir.evaluation.metrics import PROTOCOLS
 from mcir.section import parse_yaml
+from mcir.storage import is_url
 from mcir.weights.trained import faults, split_name
 
-FORMS = "[NAME=]PATH of Parquet files, images or a config, NAME=CLEAN,DEGRADED folders, or NAME={source: …}"
+FORMS = (
+    "[NAME=]PATH or URL of Parquet files, PATH of images or a config, NAME=CLEAN,DEGRADED folders, or NAME={source: …}"
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def read_place(place: str, scale: int) -> list[tuple[str, dict[str, Any], Any]]:
             raise UserError(f"--data {place}: is no mapping such as NAME={{source: …, protocol: …}}")
         return [(name, values, None)]
     given, text = split_name(place)
+    if is_url(text):
+        return [(given or PurePosixPath(text).stem, {"source": {"format": "parquet", "path": text}}, None)]
     path = Path(text)
     if path.suffix in (".yaml", ".yml"):
         validation = load([path]).validation

@@ -84,6 +84,7 @@ def test_what_the_hub_does_not_give(the_hub, tmp_path, place, message, monkeypat
 def test_without_a_network(cache, monkeypatch):
     from huggingface_hub import constants
 
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # huggingface_hub tries for 23 s
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
