@@ -104,13 +104,16 @@ class Watch:
         return scalars, " and ".join(said) + way_out or None
 
     def validated(self, psnr: float) -> str | None:
-        """Take in a validation's PSNR in dB; a sentence where it has collapsed while training sees nothing."""
+        """Take in a validation's PSNR in dB; a sentence where it has collapsed. Waits for the device then."""
         best = float(self.best_psnr)
         self.best_psnr.fill_(max(best, psnr))
         if psnr >= best - self.config.max_drop:
             return None
+        loss = "while the training loss is in its usual band"
+        if bool((self.run > 0).any()):
+            loss = "and the training loss or the contrast is out of its band too"
         return (
-            f"the validated PSNR is {psnr:.2f} dB and was {best:.2f} dB, while the training loss is in its usual band: "
+            f"the validated PSNR is {psnr:.2f} dB and was {best:.2f} dB, {loss}: "
             "look at the pictures; the best checkpoint is kept (checkpoint.keep_best)"
         )
 
