@@ -18,25 +18,30 @@ from mcir.objective.features import Features
 
 class InfoNCEConfig(AgainstImages):
     """weight * sum_l w_l * -log(e^(-p_l / t) / (e^(-p_l / t) + sum_k e^(-d_l(restored, negative_k) / t))), p_l the mean
-    d_l from the clean image and the anchors. Distances are of the whole batch, as in PNE's first epoch."""
+    d_l from the clean image and the anchors."""
 
     name: Literal["infonce"] = "infonce"
     temperature: PositiveFloat = 2.0
+    per_sample: bool = True
+    """Whether the term is the mean over the samples of what each has by itself, as in PNE's training but for its first
+    epoch, which takes distances over the whole batch; so it does not depend on how batches are cut."""
 
     def build(self) -> "InfoNCE":
-        return InfoNCE(self.features.build(), self.temperature)
+        return InfoNCE(self.features.build(), self.temperature, self.per_sample)
 
 
 class InfoNCE(nn.Module):
     """The term of `InfoNCEConfig`, unweighted."""
 
-    def __init__(self, features: Features, temperature: float = 2.0) -> None:
+    def __init__(self, features: Features, temperature: float = 2.0, per_sample: bool = True) -> None:
         super().__init__()
-        self.features, self.temperature = features, temperature
+        self.features, self.temperature, self.per_sample = features, temperature, per_sample
 
     def term(self, restored: Tensor, clean: Tensor, negatives: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
         own, positives = self.features(restored), [clean, *anchors]
         see = self.features.of_constant
-        near = summed(own, map(see, positives), [1 / len(positives)] * len(positives)) / -self.temperature
-        far = soft_nearest(own, map(see, negatives), self.temperature)
-        return (self.features.layer_weights * (torch.logaddexp(near, far) - near)).sum()
+        weights = [1 / len(positives)] * len(positives)
+        near = summed(own, map(see, positives), weights, self.per_sample) / -self.temperature
+        far = soft_nearest(own, map(see, negatives), self.temperature, self.per_sample)
+        of_layers = (torch.logaddexp(near, far) - near).view(len(near), -1).mean(1)  # (L, B) or (L,) -> (L,)
+        return (self.features.layer_weights * of_layers).sum()

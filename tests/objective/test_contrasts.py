@@ -115,8 +115,13 @@ def test_dcr(vgg19):
 
 def test_pne(vgg19):
     _, t = case("contrast_pne.safetensors")
-    config = InfoNCEConfig(features=vgg19, negatives=({},) * 3, weight=1.0)
-    assert_golden(config, t["y"], t["y"], images(t), t["J"], t["loss"], t)
+    whole = InfoNCEConfig(features=vgg19, negatives=({},) * 3, weight=1.0, per_sample=False)
+    assert_golden(whole, t["y"], t["y"], images(t), t["J"], t["loss"], t)
+    each = InfoNCEConfig(features=vgg19, negatives=({},) * 3, weight=1.0)
+    assert_golden(each, t["y"], t["y"], images(t), t["J"], t["loss.samples"].mean())
+    for i, expected in enumerate(t["loss.samples"]):
+        of_one = [image[i : i + 1] for image in (t["y"], t["J"], *images(t))]
+        assert_golden(each, of_one[0], of_one[0], of_one[2:], of_one[1], expected)
 
 
 def test_the_cr_of_mixdehazenet(tmp_path):
@@ -147,9 +152,17 @@ def test_distances_and_their_gradients_are_autograd_s():
         soft_nearest(anchor, iter(others), 0.5),
         soft_nearest(anchor, iter(others[:1:-1]), 0.5),  # the order does not matter
     ]
+    each = torch.stack(
+        [
+            torch.stack([(a - o).abs().flatten(1).mean(1) for a, o in zip(anchor, other, strict=True)])
+            for other in others
+        ]
+    )  # (K, L, B)
+    expected += [(each * torch.tensor(weights)[:, None, None]).sum(0), torch.logsumexp(-each / 0.5, 0)]
+    found += [summed(anchor, iter(others), weights, True), soft_nearest(anchor, iter(others), 0.5, True)]
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a, b, rtol=1e-5)
-        scale = torch.tensor([1.0, -3.0])
+        scale = torch.tensor([1.0, -3.0]) if a.ndim == 1 else torch.tensor([[1.0, -3.0], [2.0, 0.5]])
         gradients = [torch.autograd.grad((x * scale).sum(), anchor, retain_graph=True) for x in (a, b)]
         for own, reference in zip(*gradients, strict=True):
             assert torch.allclose(own, reference, rtol=1e-4, atol=1e-7)
