@@ -132,7 +132,19 @@ def read_arms(files: Sequence[str], overrides: Sequence[str], places: Sequence[s
             found = list(differences(old, new))
             if found:
                 raise UserError(f"arm {name} cannot be compared with {first}: they differ in {_shown(found)}")
+        if (mine := _measured(config)) != (other := _measured(reference)):
+            raise UserError(
+                f"arm {name} cannot be compared with {first}: {mine} are measured of it, and {other} of {first}; give "
+                "validation.weights=target, or the same ema_decay to both"
+            )
     return arms
+
+
+def _measured(config: RunConfig) -> str:
+    """Which weights the sets are measured with: an average is another network than the one that was trained."""
+    target = config.ema_decay is None or (config.validation is not None and config.validation.weights == "target")
+    warmup = "" if config.ema_warmup else " without warmup"
+    return "the trained weights" if target else f"the averages of decay {config.ema_decay}{warmup}"
 
 
 def equal_steps(arms: Mapping[str, RunConfig], equal: Equal | None) -> dict[str, int]:

@@ -31,7 +31,7 @@ from mcir.parallel.accelerator import (
     strategy,
 )
 from mcir.parallel.scaling import LossScale
-from mcir.parallel.shards import cuts_weights, unwrapped
+from mcir.parallel.shards import broadcast_from_first, cuts_weights, unwrapped
 from mcir.train import runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer
 from mcir.train.ema import EMA
@@ -108,6 +108,8 @@ class Engine:
         decay, warmup = config.ema_decay, config.ema_warmup
         self.ema = EMA(accelerator, self.model, self.optimizer, decay, warmup) if decay else None
         self.negatives.sync(accelerator, self.model, self.ema.full if self.ema else None)
+        # features and an embedding with random weights: other CPUs may draw other last digits
+        broadcast_from_first(accelerator, [*self.objective.parameters(), *self.objective.buffers()])
         self.loader = Loader(
             config.data,
             scale=self.arch.descriptor.scale,

@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 from mcir.config import load
 from mcir.objective.negatives import checksums
+from mcir.objective.pcl import PCL, PCLConfig
 from mcir.parallel.accelerator import strategy
 from mcir.train.engine import Engine, build_engine
 
@@ -37,8 +38,21 @@ def trained(engine: Engine) -> list[dict]:
     return records
 
 
+def draw_otherwise(rank: int) -> None:
+    """Another CPU may draw other initial weights from one seed."""
+    build = PCLConfig.build
+
+    def built(config: PCLConfig) -> PCL:
+        pcl = build(config)
+        pcl.embedding.head.bias.data += 1e-3 * rank
+        return pcl
+
+    PCLConfig.build = built  # type: ignore[method-assign]
+
+
 def main(output: str, middle: str, *configs: str) -> None:
     records = {}
+    draw_otherwise(PartialState(cpu=True).process_index)
     for config in configs:
         whole = build_engine(load([config]))
         records[whole.config.name] = trained(whole)

@@ -51,6 +51,11 @@ def test_runs_go_seed_by_seed(base, overlay, tmp_path):
         ({"arch": {"num_blocks": 3}}, r"arch\.num_blocks: 3, not 2"),
         ({"seed": 1}, "seed: 1, not 7"),
         ({"validation": {"every": 1}}, r"validation\.every"),
+        (
+            {"ema_decay": 0.999},
+            r"the averages of decay 0\.999 are measured of it, and the averages of decay 0\.9 of plain; give",
+        ),
+        ({"ema_decay": None}, "the trained weights are measured of it"),
         ({"validation": None}, "arm other: has no validation section"),
         ({"objective": {"contrasts": None}}, r"objective\.contrasts: no such field, do you mean contrast"),
     ],
@@ -58,6 +63,12 @@ def test_runs_go_seed_by_seed(base, overlay, tmp_path):
 def test_wrong_arms_are_refused(base, overlay, values, said):
     with pytest.raises(UserError, match=said):
         read_arms([base], [], [overlay("plain", objective={"contrast": None}), overlay("other", **values)])
+
+
+def test_an_arm_with_an_average_of_its_own_is_compared_by_what_was_trained(base, overlay):
+    """DCR's and PNE's overlays follow an average, which the others' recipes may have none of."""
+    arms = [overlay("plain", objective={"contrast": None}, ema_decay=None), overlay("other", ema_decay=0.999)]
+    assert len(read_arms([base], ["validation.weights=target"], arms)) == 2
 
 
 def test_names_are_names(base, overlay):
