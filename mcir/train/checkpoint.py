@@ -92,15 +92,15 @@ class Checkpointer:
         self,
         step: int,
         files: Mapping[str, Mapping[str, Tensor]],
-        texts: Mapping[str, str],
+        texts: Callable[[], Mapping[str, str]],
         metadata: Mapping[str, str],
         keep: Path | None = None,
     ) -> Path:
         """Begin to write a checkpoint and then to remove all but the last `keep_last` ones that are worth something and
         `keep`; the path that it will have. Collective, after a `join`.
 
-        `files`: this rank's safetensors by name, which nobody changes any more; `texts`: rank 0's text files. UserError
-        on all ranks: there is no room for all ranks' files.
+        `files`: this rank's safetensors by name, which nobody changes any more; `texts()`, in the thread: rank 0's
+        text files. UserError on all ranks: there is no room for all ranks' files.
         """
         assert self._saving is None, "the one before has not been joined"
         self.times.clear()
@@ -139,7 +139,7 @@ class Checkpointer:
 
         def write() -> None:
             begun = time.perf_counter()
-            manifest = together(lambda: write_files(temporary, files, texts if main else {}, metadata))
+            manifest = together(lambda: write_files(temporary, files, texts() if main else {}, metadata))
             together((lambda: end(manifest)) if main else None)
             self.times["save_s"] = time.perf_counter() - begun
 

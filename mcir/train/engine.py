@@ -211,8 +211,10 @@ class Engine:
             exit_code = 0
             while self.state.step < config.steps and not exit_code:
                 phase = phase_of(config.phases, self.state.step + 1)
-                if config.compute.compile and 0 < phase.step == self.state.step:
-                    torch.compiler.reset()  # graphs of this size instead of slower ones for any size
+                if 0 < phase.step == self.state.step:
+                    self.checkpointer.join()  # the phase's loader processes, forked now, would hold on to its memory
+                    if config.compute.compile:
+                        torch.compiler.reset()  # graphs of this size instead of slower ones for any size
                 waited = time.perf_counter()
                 micro_batches = [next(batches) for _ in range(config.num_micro_batches)]
                 waited = time.perf_counter() - waited

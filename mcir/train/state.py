@@ -87,8 +87,7 @@ class State:
         state = {
             "step": self.step,
             "skipped_in_a_row": skipped_in_a_row,
-            "healthy": not (skipped_in_a_row or (self.watch and self.watch.in_trouble))
-            and all(bool(t.isfinite().all()) for t in model.values()),
+            "healthy": not (skipped_in_a_row or (self.watch and self.watch.in_trouble)),
             "position": self.loader.position,
             "order": self.loader.order,
             "best": self.best,
@@ -100,7 +99,11 @@ class State:
         config = self.config.model_dump(mode="json")
         metadata = {"arch": json.dumps(config["arch"]), "config": json.dumps(config), "step": str(self.step)}
         metadata |= {"metrics": json.dumps(self.measured)} if self.measured else {}
-        texts = {"state.json": json.dumps(state), "config.yaml": dump(self.config)}
+
+        def texts() -> dict[str, str]:
+            state["healthy"] = state["healthy"] and all(bool(t.isfinite().all()) for t in model.values())
+            return {"state.json": json.dumps(state), "config.yaml": dump(self.config)}
+
         best = checkpointer.folder / self.best[1] if self.best and self.config.checkpoint.keep_best else None
         path = checkpointer.save(self.step, files, texts, metadata, best)
         checkpointer.times["save_stall_s"] = time.perf_counter() - begun
@@ -108,6 +111,8 @@ class State:
 
     def _require_equal(self) -> None:
         """Collective. RuntimeError, which is a bug of ours, names the tensors that ranks hold differently."""
+        if self.accelerator.num_processes == 1:
+            return
         whole = {f"negatives.{key}": tensor for key, tensor in self.negatives.nets.state_dict().items()}
         whole |= self.followed()
         own = checksums(tensor.to(self.accelerator.device) for tensor in whole.values())

@@ -245,6 +245,10 @@ def contrast() -> str:
     return printed("tests.benchmarks.bench_contrast")
 
 
+def saving() -> str:
+    return printed("tests.benchmarks.bench_saving")
+
+
 def data() -> str:
     shown = printed("tests.benchmarks.bench_data", "--seconds", "3")
     why = "mcir decodes no row below the crop, and so passes the decoder; WebP without loss has to be decoded whole."
@@ -288,6 +292,7 @@ SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
     "settings": ("Settings tried (EDSR-light x4)", settings),
     "parameters": ("Number of parameters", parameters),
     "updates": ("An update of the negatives, by strategy", updates),
+    "saving": ("A save beside the training", saving),
     "processes": ("Workers and processes", processes),
     "model": ("8 to 512 GPUs", model),
     "data": ("Training data", data),

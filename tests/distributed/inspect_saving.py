@@ -44,7 +44,7 @@ def main(config: str, output: str, small_disk: str) -> None:
     if small_disk:
         other = Checkpointer(accelerator, Path(small_disk))
         try:
-            other.save(1, {f"{rank}.safetensors": {"w": torch.zeros(150 * 2**10)}}, {}, {})
+            other.save(1, {f"{rank}.safetensors": {"w": torch.zeros(150 * 2**10)}}, dict, {})
         except UserError as error:
             record["too small"] = str(error)
 

@@ -24,6 +24,7 @@ def main(output: str, *configs: str) -> None:
         batches = iter(engine.loader)
         parts = [{k: float(v) for k, v in engine.step([next(batches)]).items()} for _ in range(config.steps)]
         checkpoint = engine.state.save(engine.checkpointer)
+        engine.checkpointer.join()
         after = {name: tensor.clone() for name, tensor in full_params(accelerator, engine.model)}
         resumed = build_engine(config, resume=str(checkpoint))
         again = dict(full_params(accelerator, resumed.model))

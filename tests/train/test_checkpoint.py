@@ -28,7 +28,7 @@ def save(made, step, value=1.0, healthy=True, keep=None):
     """And wait until it is there."""
     texts = {"state.json": json.dumps({"step": step, "healthy": healthy})}
     tensors = {"w": torch.full((100,), value)}
-    path = made.save(step, {"model.safetensors": tensors}, texts, {"arch": "{}"}, keep)
+    path = made.save(step, {"model.safetensors": tensors}, lambda: texts, {"arch": "{}"}, keep)
     made.join()
     return path
 
@@ -148,9 +148,9 @@ def test_a_full_disk_is_an_error_and_loses_nothing(small_disk, found_out):
     big = {"model.safetensors": {"w": torch.zeros(2**20)}}
     if found_out == "before it is begun":
         with pytest.raises(UserError, match=r"step 2 could not be written.*needs 4.0 MiB.*make room"):
-            made.save(2, big, {}, {})
+            made.save(2, big, dict, {})
     else:
-        made.save(2, {}, {"state.json": "x" * 2**21}, {})
+        made.save(2, {}, lambda: {"state.json": "x" * 2**21}, {})
         with pytest.raises(UserError, match=r"step 2 could not be written.*No space left"):
             made.join()
     made.join()  # is said once
@@ -184,6 +184,7 @@ def test_steps_beside_a_save_change_nothing_of_it_and_the_copy_is_dropped_after_
     engine.checkpointer.join()
     assert content(path) == expected
     assert len(staged) == sum(isinstance(value, bytes) for value in expected.values()) > 50
+    engine.checkpointer._thread.submit(int).result()  # the thread is at something else
     assert not any(copy() is not None for copy in staged)
 
 
