@@ -66,6 +66,8 @@ def start(name: str, run_dir: Path, project: str, first_step: int, run_id: str |
             arguments |= {"id": run_id, "resume": "must"} if run_id else {}
     tracker = LOGGER_TYPE_TO_CLASS[name](project, **arguments)
     tracker.start()
+    if name == "clearml":
+        tracker.tracker.set_initial_iteration(0)  # a continued task counts steps from where it was, and so do we
     return tracker
 
 

@@ -83,11 +83,9 @@ class Tracker:
         self.accelerator.trackers.append(tracker)
         values = self.config.model_dump(mode="json")
         if name == "tensorboard":
-            settings = trackers.flat({key: value for key, value in values.items() if key not in WITHOUT_EFFECT})
-            contrast = self.config.objective.contrast is not None
-            dashboard.describe(
-                tracker.tracker, self.run_dir.name, settings, dump(self.config), self.first_step - 1, contrast
-            )
+            learnt = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
+            settings = {"objective.contrast.name": "none"} | trackers.flat(learnt)  # named, for it to differ
+            dashboard.describe(tracker.tracker, self.run_dir.name, settings, dump(self.config), self.first_step - 1)
         else:
             trackers.configure(tracker, trackers.flat(values), self.run_dir / "config.yaml", run_id is None)
         if (found := trackers.id_of(tracker)) is not None:

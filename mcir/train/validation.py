@@ -78,7 +78,7 @@ class Validation:
             best = {"metric": f"{where}/{metric}", "value": value, "checkpoint": state.best[1]}
             record.update(step=state.step, best=best)
         if state.best is not None:
-            tracker.scalars(state.step, {"validation/best": state.best[0]})
+            tracker.scalars(state.step, {f"best/{where}/{metric}": state.best[0]})
         return better
 
     def restore(self, degraded: Tensor, state: State, record: Record) -> Tensor:

@@ -1,6 +1,8 @@
 // Opens TensorBoard in headless Chromium as a user would and prints what is there, as JSON:
 //   node open_tensorboard.js URL CHROMIUM SCREENSHOT
-// `curves`: titles of the scalar charts, each with a screenshot of its plot; `pictures`: titles and widths of pictures.
+// `curves`: titles of the scalar charts, each with a screenshot of its plot; `pictures`: titles and widths of pictures;
+// `dashboard`: the charts of each category of the custom scalars (SCREENSHOT.dashboard.png) that fit on the first page;
+// `settings`: the head of the HParams table (SCREENSHOT.hparams.png); `config`: the beginning of the text.
 const { chromium } = require("playwright-core");
 
 const [url, executablePath, screenshot] = process.argv.slice(2);
@@ -37,7 +39,30 @@ async function main() {
       const width = await image.evaluate((element) => (element.complete ? element.naturalWidth : 0));
       pictures.push({ title: await title(card), width });
     }
-    console.log(JSON.stringify({ curves, pictures }));
+    const open = async (tab, height) => {
+      const other = await browser.newPage({ viewport: { width: 1360, height } });
+      await other.goto(`${url}/#${tab}`, { waitUntil: "domcontentloaded" });
+      return other;
+    };
+    const first = await open("custom_scalars", 1180);
+    await first.waitForSelector("tf-custom-scalar-multi-line-chart-card", { timeout: 90000 });
+    await first.waitForTimeout(8000);
+    await first.screenshot({ path: `${screenshot}.dashboard.png` });
+    const dashboard = {};
+    for (const pane of await first.locator("tf-category-paginated-view").all()) {
+      const box = await pane.boundingBox();
+      const cards = await pane.locator("tf-custom-scalar-multi-line-chart-card").count();
+      const heading = (await pane.locator(".heading").first().innerText()).split("\n")[0].trim();
+      if (box && box.y + 300 < 1180) dashboard[heading] = cards;
+    }
+    const table = await open("hparams", 700);
+    await table.waitForSelector("vaadin-grid", { timeout: 90000 });
+    await table.waitForTimeout(5000);
+    await table.screenshot({ path: `${screenshot}.hparams.png` });
+    const settings = await table.locator("vaadin-grid").first().innerText();
+    const text = await open("text", 700);
+    const config = (await text.locator("tf-text-dashboard pre").first().innerText({ timeout: 90000 })).slice(0, 200);
+    console.log(JSON.stringify({ curves, pictures, dashboard, settings, config }));
   } finally {
     await browser.close();
   }

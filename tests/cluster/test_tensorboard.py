@@ -56,7 +56,7 @@ def url(browser, tmp_path_factory):
         server.wait()
 
 
-def test_curves_are_drawn_and_pictures_loaded(browser, url, tmp_path):
+def test_curves_pictures_dashboard_settings_and_config_are_shown(browser, url, tmp_path):
     node, chromium = browser
     script = str(ROOT / "tests" / "cluster" / "open_tensorboard.js")
     done = subprocess.run(
@@ -82,3 +82,7 @@ def test_curves_are_drawn_and_pictures_loaded(browser, url, tmp_path):
     }
     # degraded | negative | restored | clean | difference, 384 pixels each
     assert all(picture["width"] == 5 * 384 for picture in found["pictures"])
+    assert found["dashboard"] == {"Is it learning?": 2, "Is it fast?": 2, "Is the contrast sane?": 2}
+    assert found["settings"].startswith("Trial ID")
+    assert {"quickstart", "best/heldout/psnr"} <= set(found["settings"].splitlines())
+    assert found["config"].lstrip().startswith("name: quickstart")

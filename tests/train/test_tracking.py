@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mcir.config import validate
 from mcir.evaluation.pictures import LABEL
+from mcir.train.dashboard import CHARTS
 from mcir.train.engine import build_engine
 from mcir.train.tracking import columns
 from tests.runs import tiny_config, write_dataset
@@ -47,9 +48,17 @@ def test_scalars(run):
     record = json.loads((run.run_dir / "run.json").read_text())
     for name in ("save_s", "save_stall_s"):
         assert 0 < record[name] == pytest.approx(seen.Scalars(f"speed/{name}")[-1].value)
+    best = [event.value for event in seen.Scalars("best/held/psnr")]
+    assert best == [max(event.value for event in seen.Scalars("validation/held/psnr")[:n]) for n in (1, 2, 3)]
     assert seen.Scalars("loss/total")[0].value == pytest.approx(
         seen.Scalars("loss/reconstruction")[0].value + seen.Scalars("loss/contrast")[0].value, abs=1e-6
     )
+
+
+def test_the_dashboard_has_no_empty_chart(run):
+    names = events(run.run_dir).Tags()["scalars"]
+    patterns = [pattern for charts in CHARTS.values() for patterns in charts.values() for pattern in patterns]
+    assert [pattern for pattern in patterns if not any(re.match(pattern, name) for name in names)] == []
 
 
 def test_picture_rows(run):
