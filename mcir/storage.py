@@ -25,7 +25,13 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 _SECRET = re.compile(r"(^|[-_])(signature|sig|token|credential|password|secret|key)$", re.IGNORECASE)
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PASSING = {
-    *("aiohttp.ClientError", "botocore.HTTPClientError", "http.HTTPException", "httpx.RequestError"),
+    *(
+        "aiohttp.ClientError",
+        "botocore.HTTPClientError",
+        "botocore.ConnectionError",
+        "http.HTTPException",
+        "httpx.RequestError",
+    ),
     *("httpx2.RequestError", "google.RetryError", "gcsfs.HttpError"),
 }
 """Errors of a network that are no OSError."""
@@ -113,16 +119,17 @@ def steadily(work: Callable[[], T], place: str, pauses_s: Sequence[float] | None
 
 def sentence(place: str, error: Exception) -> str:
     """What the user is told of a place that failed."""
+    said = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, FileNotFoundError):
         return f"{place}: is not there"
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
         return (
-            f"{place}: may not be accessed ({first_line(error)}): credentials are taken from the environment "
+            f"{place}: may not be accessed ({said}): credentials are taken from the environment "
             "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, …)"
         )
     if is_of_the_network(error):
-        return f"{place}: the network or the store fails ({first_line(error)}); check the address, or start again later"
-    return f"{place}: {first_line(error)}"
+        return f"{place}: the network or the store fails ({said}); check the address, or start again later"
+    return f"{place}: {said}"
 
 
 def first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from urllib.request import Request, urlopen
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "id-of-tests",
@@ -15,13 +16,13 @@ CREDENTIALS = {
     "AWS_MAX_ATTEMPTS": "1",  # botocore's own, below those of s3fs and ours: what is gone is said sooner
 }
 BODY = 4096
-"""Answers that come in pieces of at least so many bytes are files, not lists."""
+"""What comes in pieces of at least so many bytes are files, not questions and lists."""
 
 
 class Wire:
     """Passes bytes between clients and the server. `num_bytes` counts what clients got; the next `num_cuts` pieces of
-    files are cut in their middle and their connections closed; each piece of an answer comes `pause_s` later; `down`
-    refuses everything."""
+    files, to the server or from it, are cut in their middle and their connections closed; each piece of an answer comes
+    `pause_s` later; `down` refuses everything."""
 
     def __init__(self, port: int) -> None:
         self.server = port
@@ -48,13 +49,13 @@ class Wire:
             while data := source.recv(2**16):
                 if answers:
                     time.sleep(self.pause_s)
-                    if self.down:
-                        break
-                    if self.num_cuts and len(data) >= BODY:
-                        self.num_cuts -= 1
-                        target.sendall(data[: len(data) // 2])
-                        break
-                    self.num_bytes += len(data)
+                if self.down:
+                    break
+                if self.num_cuts and len(data) >= BODY:
+                    self.num_cuts -= 1
+                    target.sendall(data[: len(data) // 2])
+                    break
+                self.num_bytes += len(data) * answers
                 target.sendall(data)
         for end in (source, target):
             with suppress(OSError):
@@ -73,6 +74,7 @@ def serve() -> Iterator[Wire]:
     wire = Wire(server.get_host_and_port()[1])
     before = dict(os.environ)
     os.environ.update(CREDENTIALS, AWS_ENDPOINT_URL=wire.endpoint)
+    urlopen(Request(f"{wire.endpoint}/moto-api/reset", method="POST"))  # what the server before held
     S3FileSystem.clear_instance_cache()
     S3FileSystem().mkdir("bucket")
     try:

@@ -65,7 +65,8 @@ class Checkpoint:
 
 class Checkpointer:
     """Saves to `folder` beside the training and loads from it; one checkpoint is being written at a time. As a context
-    it is left when that one is there. `owned` raises UserError on the main process once another one writes there.
+    it is left when that one is there. `owned` raises UserError on the main process once another one writes there;
+    `copy` has on the main process, beside the training, what is then there.
 
     Each rank's thread writes its own share. They tell each other that they are done, or what went wrong, over a gloo
     group of their own and never over the one that trains: all ranks' saves end alike, whatever step each of them is in.
@@ -78,8 +79,10 @@ class Checkpointer:
         keep_last: int = 1,
         owned: Callable[[], None] = lambda: None,
         timeout_s: float = 1800,
+        copy: Callable[[Path], None] = lambda path: None,
     ) -> None:
         self.accelerator, self.folder, self.keep_last, self.owned = accelerator, folder, keep_last, owned
+        self.copy = copy
         timeout, several = timedelta(seconds=timeout_s), accelerator.num_processes > 1
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if several else None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -135,6 +138,7 @@ class Checkpointer:
             self.owned()
             publish(temporary, final, manifest)
             prune(self.folder, self.keep_last, keep)
+            self.copy(final)
             return {}
 
         def write() -> None:
@@ -209,13 +213,13 @@ def publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     _flush(temporary)
     aside = final.with_name(f"{final.name}.old")
     if final.exists() and damage(final):
-        _remove(final)
+        remove(final)
     if final.exists():
-        _remove(aside)
+        remove(aside)
         final.rename(aside)
     temporary.rename(final)
     _flush(final.parent)
-    _remove(aside)
+    remove(aside)
 
 
 def prune(folder: Path, keep_last: int, keep: Path | None = None) -> None:
@@ -223,15 +227,15 @@ def prune(folder: Path, keep_last: int, keep: Path | None = None) -> None:
 
     Each that counts is read again: one that the disk has damaged must not push out a good one.
     """
-    saved = _saved(folder)
+    there = saved(folder)
     whole: list[Path] = []
-    for path in reversed(saved):
+    for path in reversed(there):
         if sum(map(is_healthy, whole)) < keep_last and damage(path) is None:
             whole.append(path)
     kept = {*filter(is_healthy, whole), *whole[:1], keep}
-    for path in saved:
+    for path in there:
         if whole and path not in kept:
-            _remove(path)
+            remove(path)
     for partial in folder.glob(".step-*.partial"):
         shutil.rmtree(partial)
 
@@ -239,7 +243,7 @@ def prune(folder: Path, keep_last: int, keep: Path | None = None) -> None:
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint in a folder, a healthy one if there is one. What is passed over is said."""
     sick = None
-    for path in reversed(_saved(folder)):
+    for path in reversed(saved(folder)):
         fault = damage(path)
         if fault is not None:
             log.warning("checkpoint %s is damaged (%s): trying the one before", path, fault)
@@ -258,13 +262,13 @@ def is_healthy(path: Path) -> bool:
     return bool(json.loads((path / "state.json").read_text()).get("healthy", True))
 
 
-def _saved(folder: Path) -> list[Path]:
+def saved(folder: Path) -> list[Path]:
     """From old to new."""
     matches = [(NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
     return [path for _, path in sorted((int(match[1]), path) for match, path in matches if match)]
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Hidden before it is deleted: a kill in between leaves no half checkpoint that looks like a whole one."""
     if path.exists():
         hidden = path.with_name(f".{path.name}.old.partial")

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
-from mcir.section import Section
+from mcir.section import PathText, Section
 
 
 class CheckpointConfig(Section):
@@ -15,6 +15,9 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 3
     keep_best: bool = True
     """Whether the checkpoint of the best validation is kept beyond `keep_last`."""
+    to: PathText | None = None
+    """Another place to which each checkpoint is copied when it is whole here, such as s3://bucket/runs, and from which
+    `--resume auto` brings the newest back to a disk that lacks it. Credentials are the environment's."""
 
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]

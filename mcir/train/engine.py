@@ -32,7 +32,7 @@ from mcir.parallel.accelerator import (
 )
 from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import broadcast_from_first, cuts_weights, unwrapped
-from mcir.train import runs
+from mcir.train import offsite, runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer
 from mcir.train.ema import EMA
 from mcir.train.log import log_save, log_step
@@ -252,7 +252,8 @@ class Engine:
             self.record.update(best=None)
         folder, keep_last = self.run_dir / "checkpoints", self.config.checkpoint.keep_last
         owned, timeout_s = self.record.require_owned, self.config.compute.timeout_s
-        self.checkpointer = Checkpointer(self.accelerator, folder, keep_last, owned, timeout_s)
+        copy = offsite.copier(self.config.checkpoint, self.run_dir)
+        self.checkpointer = Checkpointer(self.accelerator, folder, keep_last, owned, timeout_s, copy)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint. Collective."""
@@ -285,7 +286,7 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
     accumulate = micro_batches(config, accelerator)
     set_micro_batches(accelerator, batch_size // accumulate, accumulate)
     config = config.model_copy(update={"accumulate": accumulate})
-    with runs.choose(accelerator, config.runs_dir, config.name, resume) as start:
+    with runs.choose(accelerator, config.runs_dir, config.name, resume, config.checkpoint.to) as start:
         engine = Engine(config, accelerator)
         if start.checkpoint:
             engine.load(start.checkpoint)

@@ -7,8 +7,9 @@ experiment. It appears when training begins, and has one writer at a time (lock.
 
 import platform
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 
@@ -19,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from mcir.config import RunConfig, dump
 from mcir.errors import UserError
 from mcir.parallel.accelerator import precision_of, strategy
-from mcir.train import lock
+from mcir.train import lock, offsite
 from mcir.train.checkpoint import Checkpoint, damage, newest
 from mcir.train.lock import Lock
 from mcir.train.record import FILE, Record, has_failed, hostname, name_of, note_failure
@@ -40,6 +41,8 @@ class Start:
     checkpoint: Checkpoint | None = None
     lock: Lock | None = None
     """The main process's, of a directory that is there."""
+    taken: Sequence[str] = ()
+    """Names of directories that have a place at `checkpoint.to`: no new one is called so."""
 
     def __enter__(self) -> "Start":
         return self
@@ -50,20 +53,28 @@ class Start:
             self.lock.release()
 
 
-def choose(accelerator: Accelerator, runs_dir: str, name: str, resume: str) -> Start:
-    """The run directory and the checkpoint to start from, if any. Collective.
+def choose(accelerator: Accelerator, runs_dir: str, name: str, resume: str, to: str | None = None) -> Start:
+    """The run directory and the checkpoint to start from, if any; `to` is `checkpoint.to`. Collective.
 
     `resume`: `never` takes a directory that does not exist yet (name, name-2, ...); `auto` goes on with the newest
-    whole checkpoint of the run; the path of a run goes on there; that of a checkpoint starts a new directory from it.
-    UserError: a live process writes there, a path that is neither, a run of another name.
+    whole checkpoint of the run, here or brought from `to`; the path of a run goes on there; that of a checkpoint starts
+    a new directory from it. UserError: a live process writes there, a path that is neither, a run of another name.
     """
     start = Start(resume, Path(runs_dir) / name, is_new=True)
     checkpoint = None
     if accelerator.is_main_process:
-        start.run_dir, checkpoint = _choose(start.run_dir, resume)
+        start.taken = offsite.names(to) if to else ()
+        start.run_dir, checkpoint = _choose(start.run_dir, resume, start.taken)
+        if to and resume == "auto":
+            start.run_dir = _last_start(start.run_dir, name, to, start.taken)
+            checkpoint = checkpoint if checkpoint and start.run_dir in checkpoint.parents else None
         start.is_new = not start.run_dir.exists()
         if not start.is_new:
             start.lock = lock.acquire(start.run_dir)
+        if to and resume == "auto" and start.run_dir.name in start.taken:
+            checkpoint = offsite.bring(offsite.place_of(to, start.run_dir), start.run_dir, checkpoint) or checkpoint
+            if start.is_new and start.run_dir.exists():
+                start.is_new, start.lock = False, lock.acquire(start.run_dir)
     told = [str(start.run_dir), start.is_new, str(checkpoint) if checkpoint else None]
     broadcast_object_list(told)
     start.run_dir, start.is_new = Path(str(told[0])), bool(told[1])
@@ -75,12 +86,14 @@ def begin(config: RunConfig, accelerator: Accelerator, start: Start, init_from: 
     """Write down in the run directory, made if it is new, that training begins there, and from which weights: their
     commit or checksum. Collective."""
     if accelerator.is_main_process and start.is_new:
-        names = [start.run_dir] if start.resume == "auto" else _names(Path(config.runs_dir) / config.name)
-        start.run_dir = _make(names)
+        names = _names(Path(config.runs_dir) / config.name, start.taken)
+        start.run_dir = _make([start.run_dir] if start.resume == "auto" else names)
         start.lock = lock.acquire(start.run_dir)
     told = [str(start.run_dir)]
     broadcast_object_list(told)
     run_dir = start.run_dir = Path(told[0])
+    if config.checkpoint.to and accelerator.is_main_process:
+        offsite.announce(offsite.place_of(config.checkpoint.to, run_dir), dump(config))
     checkpoint = start.checkpoint
     step = checkpoint.state["step"] if checkpoint else 0
     if accelerator.is_main_process and start.resume != "never":
@@ -107,11 +120,11 @@ def begin(config: RunConfig, accelerator: Accelerator, start: Start, init_from: 
     )
 
 
-def _choose(base: Path, resume: str) -> tuple[Path, Path | None]:
+def _choose(base: Path, resume: str, taken: Sequence[str]) -> tuple[Path, Path | None]:
     if resume == "never":
-        return _free(base), None
+        return _free(base, taken), None
     if resume == "auto":
-        return _newest_start(base)
+        return _newest_start(base, taken)
     path = Path(resume)
     if (path / "checkpoints").is_dir() or (path / FILE).exists():
         name = name_of(path)
@@ -126,10 +139,10 @@ def _choose(base: Path, resume: str) -> tuple[Path, Path | None]:
     fault = damage(path)
     if fault:
         raise UserError(f"--resume {resume}: the checkpoint is damaged ({fault}); use another one or --resume auto")
-    return _free(base), path
+    return _free(base, taken), path
 
 
-def _newest_start(base: Path) -> tuple[Path, Path | None]:
+def _newest_start(base: Path, taken: Sequence[str]) -> tuple[Path, Path | None]:
     """The last start of this run and its newest checkpoint, if any; one that failed before its first is passed over for
     one before. A new directory where there is none."""
     starts = []
@@ -149,18 +162,34 @@ def _newest_start(base: Path) -> tuple[Path, Path | None]:
                 lock.require_free(later)
                 print(f"{later} failed before its first checkpoint: passed over", flush=True)
             return path, checkpoint
-    return (starts[-1] if starts else _free(base)), None
+    return (starts[-1] if starts else _free(base, taken)), None
 
 
 def _numbered(base: Path) -> list[Path]:
     """Those of base, base-2, base-3, ... that exist, in this order."""
-    pattern = re.compile(re.escape(base.name) + r"(?:-([1-9]\d*))?")
-    matches = [(path, pattern.fullmatch(path.name)) for path in base.parent.glob("*") if path.is_dir()]
-    return [path for _, path in sorted((int(match[1] or 1), path) for path, match in matches if match)]
+    found = [(number, path) for path in base.parent.glob("*") if (number := _number(path.name, base.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
 
 
-def _free(base: Path) -> Path:
-    return next(path for path in _names(base) if not path.exists())
+def _last_start(run_dir: Path, name: str, to: str, taken: Sequence[str]) -> Path:
+    """The directory that was chosen here, or that of a later start of the run, which has its place at `to`."""
+    base = run_dir.with_name(name)
+    there = [
+        number for other in taken if (number := _number(other, name)) and offsite.has_checkpoints(f"{to}/{other}", name)
+    ]
+    here = (_number(run_dir.name, name) or 1) if run_dir.exists() else 0
+    last = max(there, default=0)
+    return run_dir if last <= here else base if last == 1 else base.with_name(f"{name}-{last}")
+
+
+def _number(directory: str, name: str) -> int | None:
+    """1, 2, 3 of name, name-2, name-3; None for any other."""
+    match = re.fullmatch(re.escape(name) + r"(?:-([1-9]\d*))?", directory)
+    return int(match[1] or 1) if match else None
+
+
+def _free(base: Path, taken: Sequence[str]) -> Path:
+    return next(path for path in _names(base, taken) if not path.exists())
 
 
 def _make(names: Iterable[Path]) -> Path:
@@ -179,10 +208,7 @@ def _make(names: Iterable[Path]) -> Path:
     raise UserError(f"{taken} appeared while this run was starting: start it again")
 
 
-def _names(base: Path) -> Iterator[Path]:
-    """base, base-2, base-3, ... without an end."""
-    yield base
-    number = 2
-    while True:
-        yield base.with_name(f"{base.name}-{number}")
-        number += 1
+def _names(base: Path, taken: Sequence[str]) -> Iterator[Path]:
+    """base, base-2, base-3, ... without an end, but for those that are taken."""
+    names = chain([base.name], (f"{base.name}-{number}" for number in count(2)))
+    return (base.with_name(name) for name in names if name not in taken)

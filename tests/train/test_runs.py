@@ -141,7 +141,7 @@ def test_two_new_starts_of_one_name_get_a_directory_each(tmp_path, monkeypatch):
     """The second chooses its name before the first has made its directory."""
     from mcir.train import runs
 
-    monkeypatch.setattr(runs, "_choose", lambda base, resume: (base, None))
+    monkeypatch.setattr(runs, "_choose", lambda base, *_: (base, None))
     assert build(tmp_path).run_dir.name == "tiny"
     monkeypatch.setattr(runs.Path, "exists", lambda path: False)
     assert build(tmp_path).run_dir.name == "tiny-2"
