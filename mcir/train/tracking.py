@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -103,9 +103,10 @@ class Tracker:
         self._lost += [tracker for tracker in self.accelerator.trackers if tracker.name == name]
         self.accelerator.trackers = [tracker for tracker in self.accelerator.trackers if tracker.name != name]
         instead = ""
-        if not self.accelerator.trackers and name != "tensorboard":
-            self._open("tensorboard")
-            instead = ", its curves from here on are in TensorBoard"
+        if not self.accelerator.trackers and all(tracker.name != "tensorboard" for tracker in self._lost):
+            with suppress(OSError):  # a disk that is full, too: the next checkpoint says so
+                self._open("tensorboard")
+                instead = ", its curves from here on are in TensorBoard"
         self.message(
             f"{name} failed ({_first_line(error)}): the run goes on without it{instead}; a resume tries it again"
         )
