@@ -25,6 +25,7 @@ from mcir.data.layouts import find_pairs
 from mcir.data.options import Options
 from mcir.data.pack import pack
 from mcir.data.pairs import Pair, Pairs, pair_folders, with_columns
+from mcir.data.parquet import open_parquet
 from mcir.data.resize import imresize
 from mcir.data.spool import crop_positions
 from mcir.errors import UserError
@@ -196,6 +197,17 @@ def test_further_images_that_do_not_fit_are_named(photographs, prepared, tmp_pat
         pack(with_columns(photographs, prepared), tmp_path / "out", Options())
     with pytest.raises(UserError, match="cannot be called 'clean'"):
         with_columns(photographs, {"clean": tmp_path / "dcp"})
+
+
+def test_what_a_disk_changes_in_a_further_image_is_seen_where_it_is_read(photographs, prepared, tmp_path):
+    """The row groups' own checksums cover clean and degraded images alone."""
+    (shard,) = pack(with_columns(photographs, prepared), tmp_path / "out", Options())
+    changed, image = bytearray(shard.read_bytes()), (prepared["dcp"] / "05.png").read_bytes()
+    changed[changed.index(image) + len(image) // 2] ^= 1
+    shard.write_bytes(changed)
+    assert len(list(open_parquet([str(shard)], "out"))) == 12
+    with pytest.raises(UserError, match=r"cannot be read: .*changed after it was packed"):
+        list(open_parquet([str(shard)], "out", extra=["dcp"]))
 
 
 def test_row_groups_stay_small(photographs, tmp_path, monkeypatch):
