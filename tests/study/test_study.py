@@ -170,16 +170,18 @@ def test_under_a_launcher_its_processes_share_each_run(folder):
 
 @pytest.mark.slow
 def test_equal_time_measures_and_side_by_side_trains(folder):
-    """spn's negatives and features cost time, so it gets fewer steps than plain in the time of plain's."""
-    output, chosen = folder / "time", arms(folder, "plain", "spn")
+    """Deep features cost many times a tiny network's step, so that arm gets fewer steps in the time of plain's."""
+    features = {"network": "vgg19", "layers": {"relu5_4": 1.0}, "weights": "random"}
+    write(folder / "deep.yaml", {"objective": {"contrast": {"features": features}}})
+    output, chosen = folder / "time", arms(folder, "plain", "deep")
     base, options = [str(folder / "base.yaml")], ["steps=40", "validation.every=40"]
     with pytest.raises(UserError, match="run the same command with --dry-run once"):
         study(base, options, chosen, output, num_seeds=1, equal="time", only=0)
     assert study(base, options, chosen, output, num_seeds=1, equal="time", dry_run=True) == 0
     steps = json.loads((output / "steps.json").read_text())
     assert steps["plain"] == 40
-    assert 1 <= steps["spn"] < 40
+    assert 1 <= steps["deep"] < 40
     assert study(base, options, chosen, output, num_seeds=1, equal="time", jobs=2) == 0
     content = json.loads((output / "study.json").read_text())
-    assert [run["step"] for run in content["runs"]] == [40, steps["spn"]]
+    assert [run["step"] for run in content["runs"]] == [40, steps["deep"]]
     assert json.loads((output / "steps.json").read_text()) == steps
