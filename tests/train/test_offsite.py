@@ -25,9 +25,10 @@ def wire():
 
 
 @pytest.fixture
-def store(wire, monkeypatch):
+def store(wire, tmp_path, monkeypatch):
     from s3fs import S3FileSystem
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(storage, "PAUSES_S", (0.01, 0.01))
     monkeypatch.setattr(storage, "PATIENT_S", (0.01, 0.01, 0.01))
     wire.num_cuts, wire.down = 0, False
@@ -78,7 +79,9 @@ def test_a_lost_disk(store, wire, tmp_path):
     assert files(again.run_dir / "checkpoints/step-00000004") == here
     assert again.fit() == 0
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(again).items())
+    wire.num_cuts = 1
     (trained,) = open_trained(["s3://bucket/runs/tiny/step-00000006"])
+    assert wire.num_cuts == 0
     assert (trained.name, trained.metadata["step"], trained.kind) == ("step-00000006", "6", "ema")
     assert trained.origin.startswith("s3://bucket/runs/tiny/step-00000006/ema.safetensors#sha256=")
 
