@@ -58,7 +58,7 @@ def trained(tmp_path_factory) -> Trained:
             values["objective"] = {"contrast": common | more}
             configs.append(str(write_config(folder / f"{contrast}.yaml", values)))
         script = str(ROOT / "tests" / "distributed" / "inspect_contrasts.py")
-        process = run(f"{name}_cpu", str(folder), MIDDLE, *configs, script=script)
+        process = run(f"{name}_cpu", str(folder), MIDDLE, *configs, script=script, timeout=900)
         assert process.returncode == 0, process.stdout
         return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
