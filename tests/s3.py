@@ -22,11 +22,11 @@ BODY = 4096
 class Wire:
     """Passes bytes between clients and the server. `num_bytes` counts what clients got; the next `num_cuts` pieces of
     files, to the server or from it, are cut in their middle and their connections closed; each piece of an answer comes
-    `pause_s` later; `down` refuses everything."""
+    `pause_s` later, and the next `num_stalls` pieces of files never; `down` refuses everything."""
 
     def __init__(self, port: int) -> None:
         self.server = port
-        self.num_bytes = self.num_cuts = 0
+        self.num_bytes = self.num_cuts = self.num_stalls = 0
         self.pause_s = 0.0
         self.down = False
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -55,6 +55,9 @@ class Wire:
                     self.num_cuts -= 1
                     target.sendall(data[: len(data) // 2])
                     break
+                if answers and self.num_stalls and len(data) >= BODY:
+                    self.num_stalls -= 1
+                    return  # and nothing is closed
                 self.num_bytes += len(data) * answers
                 target.sendall(data)
         for end in (source, target):

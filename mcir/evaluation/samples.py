@@ -38,7 +38,7 @@ def samples(trained: Trained, device: torch.device) -> dict[str, bytes]:
             degraded, clean = pair_of(row, data, descriptor.scale, device)
             with torch.no_grad():
                 restored = infer(net, descriptor, degraded, tile="auto").clamp(0, 1)
-        except UserError as error:
+        except (UserError, ValueError) as error:
             log.warning("the card has no picture of %s: %s", name, error)
             continue
         picture = Picture(row.key, degraded[0].cpu(), restored[0].cpu(), clean[0].cpu())

@@ -17,6 +17,7 @@ import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
@@ -126,6 +127,8 @@ def _from_hub(url: str) -> tuple[Path, str]:
                 raise
             file = _only_file(repo, revision)
             path = hf_hub_download(repo, file, revision=revision)
+    except UserError:
+        raise
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             raise UserError(f"{url}: is not in the Hub's cache, and HF_HUB_OFFLINE is set") from error
@@ -134,8 +137,10 @@ def _from_hub(url: str) -> tuple[Path, str]:
             "the file is not in its cache"
         ) from error
     except EntryNotFoundError as error:
-        there = ", ".join(_weights_in(repo, revision)) or "none"
-        raise UserError(f"{url}: the repository has no {file}; its weights files: {there}") from error
+        there = ""
+        with suppress(Exception):  # the network may go meanwhile
+            there = f"; its weights files: {', '.join(_weights_in(repo, revision)) or 'none'}"
+        raise UserError(f"{url}: the repository has no {file}{there}") from error
     except RevisionNotFoundError as error:
         raise UserError(f"{url}: the repository has no branch, tag or commit {revision}") from error
     except GatedRepoError as error:

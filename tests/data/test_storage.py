@@ -66,6 +66,17 @@ def test_shards_of_a_store_are_the_same_as_on_a_disk(store, wire, tmp_path):
     assert wire.num_cuts == 0
 
 
+def test_a_store_that_falls_silent_is_asked_again(store, wire, tmp_path, monkeypatch):
+    """In the middle of a file; s3fs waits for 15 s by default."""
+    monkeypatch.setattr("s3fs.S3FileSystem.read_timeout", 1)
+    type(store).clear_instance_cache()
+    folder = write_dataset(tmp_path / "data", num_rows=8, num_shards=1, side=96)
+    store.put(str(folder), "bucket/silent", recursive=True)
+    wire.num_stalls = 2
+    assert rows("s3://bucket/silent") == [(key, sha1(clean).hexdigest()) for key, clean, _ in expected_rows(folder)]
+    assert wire.num_stalls == 0
+
+
 def test_little_more_than_what_is_read_is_fetched(store, wire, tmp_path):
     rng = np.random.default_rng(0)
     pictures = [{"bytes": rng.bytes(2**20), "path": None} for _ in range(24)]

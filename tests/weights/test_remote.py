@@ -66,14 +66,15 @@ def test_weights_of_the_hub_are_those_of_the_file(the_hub, tmp_path, monkeypatch
         ("hf://owner/other", "the Hub has no repository owner/other; if it is private, log in"),
         ("hf://owner/name@v2", "the repository has no branch, tag or commit v2"),
         ("hf://owner/name/x.pth", "the repository has no x.pth; its weights files: a.pth, b.pth"),
-        ("hf://owner/name", "holds several weights files: a.pth, b.pth; name one"),
+        ("hf://owner/name", "^hf://owner/name: holds several weights files: a.pth, b.pth; name one"),
+        ("hf://owner/empty", "^hf://owner/empty: holds no weights file"),
         ("hf://owner/closed", "the repository is gated: accept its terms at http://127.0.0.1:"),
         ("hf://owner", "are written hf://owner/repo"),
     ],
 )
 def test_what_the_hub_does_not_give(the_hub, tmp_path, place, message, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    for name in ("name/a.pth", "name/b.pth", "closed/.gated"):
+    for name in ("name/a.pth", "name/b.pth", "closed/.gated", "empty/README.md"):
         (tmp_path / "hub/models/owner" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "hub/models/owner" / name).touch()
     with pytest.raises(UserError, match=message) as error:
