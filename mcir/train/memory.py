@@ -2,7 +2,8 @@
 
 Weights are counted (fp32: P parameters are 4 P bytes, gradients 4 P, Adam's moments 8 P) and activations are measured
 on the meta device: the tensors that autograd would keep for one micro-batch, through the network and the features.
-Left out: the caching allocator's slack, kernels' workspaces and communication buffers.
+Left out: the caching allocator's slack, kernels' workspaces, communication buffers and, in the host's memory, the copy
+that a save is written from (`State.save`).
 """
 
 import math
