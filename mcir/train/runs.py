@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from mcir.config import RunConfig, dump
 from mcir.errors import UserError
 from mcir.parallel.accelerator import precision_of, strategy
+from mcir.storage import is_url
 from mcir.train import lock, offsite
 from mcir.train.checkpoint import Checkpoint, damage, newest
 from mcir.train.lock import Lock
@@ -125,6 +126,11 @@ def _choose(base: Path, resume: str, taken: Sequence[str]) -> tuple[Path, Path |
         return _free(base, taken), None
     if resume == "auto":
         return _newest_start(base, taken)
+    if is_url(resume):
+        raise UserError(
+            f"--resume {resume}: a run goes on from a store with checkpoint.to=… (the folder above its own) and "
+            "--resume auto; to begin another from the weights alone, name the checkpoint as init_from"
+        )
     path = Path(resume)
     if (path / "checkpoints").is_dir() or (path / FILE).exists():
         name = name_of(path)

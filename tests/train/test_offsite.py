@@ -90,6 +90,10 @@ def test_a_lost_disk(store, wire, tmp_path):
     assert (back.state.step, back.run_dir) == (6, engine.run_dir)
     back.record.__exit__(None, None, None)
     assert build_engine(config(tmp_path / "three")).run_dir.name == "tiny-2"
+    with pytest.raises(
+        UserError, match=r"^--resume s3://bucket/runs/tiny: a run goes on from a store with checkpoint.to"
+    ):
+        build_engine(config(tmp_path / "three"), resume="s3://bucket/runs/tiny")
 
 
 def test_what_is_not_whole_is_passed_over(store, tmp_path, caplog):
