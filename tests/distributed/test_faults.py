@@ -127,7 +127,7 @@ def kill_at_random(config: Path, folder: Path, launch_file: str, rounds: int, se
     for _ in range(rounds):
         process = start(launch_file, "train", str(config), "checkpoint.every=1", "--resume", "auto")
         lines = wait_for_line(process, "step ")
-        first = int(lines[-1].split()[1].split("/")[0])
+        first = int(lines[-1].split()[1].split("/")[0].rstrip(":"))  # also where a rank is said to be slow
         assert first == reached + 1
         time.sleep(draw.uniform(0, 1.5))  # with a checkpoint every step, often in the middle of a save
         os.kill(process_of_rank(process, draw.randrange(2)), signal.SIGKILL)
