@@ -32,6 +32,7 @@ from mcir.parallel.accelerator import (
 )
 from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import broadcast_from_first, cuts_weights, unwrapped
+from mcir.storage import is_url
 from mcir.train import offsite, runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer
 from mcir.train.ema import EMA
@@ -60,14 +61,16 @@ class Engine:
     record: Record
     checkpointer: Checkpointer
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
+    def __init__(self, config: RunConfig, accelerator: Accelerator, resumes: bool = False) -> None:
         self.config, self.accelerator = config, accelerator
         self.arch = config.arch
         torch.backends.cudnn.benchmark = config.compute.cudnn_benchmark
         set_seed(config.seed)  # the same on all ranks: FSDP2 shards each rank's own copy of the initial weights
         net = self.arch.build()
         self.init_from: str | None = None
-        if config.init_from:
+        if config.init_from and not (
+            resumes and is_url(config.init_from)
+        ):  # what a checkpoint replaces, over a network
             (fetched,) = fetch_all([config.init_from], accelerator=accelerator)
             report, self.init_from = load_into(net, fetched.path, min_share=config.init_share), fetched.origin
             if accelerator.is_main_process:
@@ -287,7 +290,7 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
     set_micro_batches(accelerator, batch_size // accumulate, accumulate)
     config = config.model_copy(update={"accumulate": accumulate})
     with runs.choose(accelerator, config.runs_dir, config.name, resume, config.checkpoint.to) as start:
-        engine = Engine(config, accelerator)
+        engine = Engine(config, accelerator, resumes=start.checkpoint is not None)
         if start.checkpoint:
             engine.load(start.checkpoint)
         engine.begin(start)

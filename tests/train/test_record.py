@@ -57,10 +57,14 @@ def test_the_weights_that_a_run_begins_from_are_pinned(tmp_path, monkeypatch):
     save_weights(tmp_path / "w", arch.build().state_dict(), {"arch": arch.model_dump_json()})
     data = (tmp_path / "w").read_bytes()
     fsspec.filesystem("memory").pipe("/bucket/w.safetensors", data)
-    build_engine(validate(values | {"init_from": "memory://bucket/w.safetensors"}, "test"))
+    engine = build_engine(validate(values | {"init_from": "memory://bucket/w.safetensors", "steps": 2}, "test"))
     (start,) = record_of(tmp_path)["starts"]
     expected = f"memory://bucket/w.safetensors#sha256={sha256(data).hexdigest()}"
     assert start["environment"]["init_from"] == expected
+    assert engine.fit() == 0
+    gone = validate(values | {"init_from": "memory://bucket/gone.safetensors"}, "test")
+    assert build_engine(gone, resume="auto").state.step == 2  # what the checkpoint replaces is not asked for again
+    assert record_of(tmp_path)["starts"][1]["environment"]["init_from"] is None
     with pytest.raises(UserError, match="init_from: the URL holds credentials") as error:
         validate(values | {"init_from": "s3://key:secret@bucket/w.pth"}, "test")
     assert "secret" not in str(error.value)
