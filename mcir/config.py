@@ -139,8 +139,6 @@ def _contradictions(run: Any, unsure: Collection[str] = ()) -> list[str]:
     for place, crop_size in crops.items() if isinstance(contrast, PCLConfig) else ():
         if crop_size % 2:
             faults.append(f"{place}: {crop_size}, and pcl needs an even one, which it halves")
-    if data and data.mixup and run.objective and run.objective.columns:
-        faults.append("data.mixup: it mixes no further images, which objective.contrast.columns asks for")
     return faults
 
 

@@ -10,8 +10,9 @@ A field that takes a number or a pair [low, high] is drawn uniformly from the pa
 
 import io
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from mcir.data.resize import imresize, imresize_crop
 from mcir.section import Section
+
+T = TypeVar("T")
 
 
 def _ordered(value: float | tuple[float, float]) -> float | tuple[float, float]:
@@ -43,8 +46,17 @@ Quality = Annotated[_Quality | tuple[_Quality, _Quality], AfterValidator(_ordere
 class Degradation(Section, ABC):
     """`degradation(clean, rng)`: clean (3, H, W) uint8, or float in [0, 1], to degraded (3, H / scale, W / scale)."""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Further image columns of the source that it is made from."""
+        return ()
+
     @abstractmethod
     def __call__(self, clean: Tensor, rng: np.random.Generator) -> Tensor: ...
+
+    def of(self, clean: Tensor, rng: np.random.Generator, images: Mapping[str, Tensor]) -> Tensor:
+        """The same with the images of its columns, (3, H, W) as clean is."""
+        return self(clean, rng)
 
 
 class Bicubic(Degradation):
@@ -132,7 +144,7 @@ class MotionBlur(Degradation):
 
 
 class Haze(Degradation):
-    """Atmospheric scattering over a synthetic depth: I = J t + A (1 - t), t = exp(-beta d), d in [0, 1].
+    """Atmospheric scattering: I = J t + A (1 - t), t = exp(-beta d), d in [0, 1], synthetic or from a column.
 
     The model and the ranges of beta and A are those of RESIDE's indoor training set (Li et al., "Benchmarking
     single-image dehazing and beyond", IEEE TIP 2019), which takes d from a depth camera; see `haze` and
@@ -145,10 +157,22 @@ class Haze(Degradation):
     """Scattering coefficient."""
     airlight: Share = (0.7, 1.0)
     """A, the colour of the haze, a grey."""
+    depth: str | None = None
+    """The column of the source that holds d: images of the clean one's size, of 8 or 16 bits, white the farthest
+    (`mcir data pack --column depth=FOLDER`); they are cut and flipped with it."""
 
-    def __call__(self, clean: Tensor, rng: np.random.Generator) -> Tensor:
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.depth,) if self.depth else ()
+
+    def __call__(self, clean: Tensor, rng: np.random.Generator, depth: Tensor | None = None) -> Tensor:
+        assert (depth is None) == (self.depth is None)
         beta, airlight = draw(rng, self.beta), draw(rng, self.airlight)
-        return haze(clean, synthetic_depth(clean.shape[-2], clean.shape[-1], rng), beta, airlight)
+        depth = synthetic_depth(clean.shape[-2], clean.shape[-1], rng) if depth is None else depth
+        return haze(clean, depth, beta, airlight)
+
+    def of(self, clean: Tensor, rng: np.random.Generator, images: Mapping[str, Tensor]) -> Tensor:
+        return self(clean, rng, unit(images[self.depth][0]) if self.depth else None)
 
 
 class Rain(Degradation):
@@ -232,6 +256,16 @@ def draw(rng: np.random.Generator, value: float | tuple[float, float]) -> float:
 
 def draw_whole(rng: np.random.Generator, value: int | tuple[int, int]) -> int:
     return int(rng.integers(value[0], value[1] + 1)) if isinstance(value, tuple) else value
+
+
+def draw_odd(rng: np.random.Generator, size: int | tuple[int, int]) -> int:
+    return 2 * int(rng.integers(size[0] // 2, size[1] // 2 + 1)) + 1 if isinstance(size, tuple) else size
+
+
+def choice(rng: np.random.Generator, chances: dict[T, float]) -> T:
+    """One of the keys, its chance being its value over their sum."""
+    bounds = np.cumsum(list(chances.values()))
+    return list(chances)[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))]
 
 
 def unit(image: Tensor) -> Tensor:

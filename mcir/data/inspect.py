@@ -111,7 +111,8 @@ def inspect_packed(
         there = {shard.name for shard in shards}
         report.faults += [f"{folder / name}: listed in the card, but not there" for name in listed if name not in there]
     report.columns = further_columns(shards[0], columns)
-    units = open_parquet([str(shard) for shard in shards], str(place), columns, report.faults, report.columns)
+    extra = dict.fromkeys(report.columns, str(shards[0]))
+    units = open_parquet([str(shard) for shard in shards], str(place), columns, report.faults, extra)
     return inspect_units(units, report, num_examples, seed)
 
 
@@ -138,7 +139,7 @@ def inspect_units(units: Units, report: Report | None = None, num_examples: int 
                 if isinstance(row, Row):
                     names = ("clean", "degraded", *report.columns)
                     places = tuple(f"{row.where}, {name}" for name in names)
-                    yield row.key, places, (row.clean, row.degraded, *row.extra)
+                    yield row.key, places, (row.clean, row.degraded, *row.extra.values())
                 elif str(row) == said:  # a row group that cannot be read says so in each of its rows
                     report.num_samples += 1
                 else:

@@ -136,15 +136,16 @@ class Loader:
                 positions = [p for g in groups for p in share(g, self.rank, self.world_size, stream.num_lanes)]
                 for part in range(self.accumulate):
                     taken = self._take(islice(samples, size), stream.sides(phase.crop_size), size)
-                    degraded, clean, *extra = map(self._to_device, taken.images)
+                    images: Sequence[Tensor] = [self._to_device(kind) for kind in taken.images]
                     if mixer:
                         own = [positions[part * size + place] for place in taken.places]
-                        degraded, clean = mixer(part, start, own, taken.places, degraded, clean)
+                        images = mixer(part, start, own, taken.places, images)
                     position = start + (part + 1) * phase.batch_size // self.accumulate
                     if position > self.position:
                         self._count(taken)
                         self.position = position
                         keys, weight = [key for key, _ in taken.labels], len(taken.labels) / size
+                        degraded, clean, *extra = images
                         yield Batch(degraded, clean, keys, weight, self._sources(taken.labels), tuple(extra))
                 start += phase.batch_size
 

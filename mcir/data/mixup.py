@@ -16,9 +16,9 @@ from mcir.section import Section
 
 
 class Mixup(Section):
-    """x <- l x + (1 - l) x', for degraded and clean alike, l ~ Beta(beta, beta) (Zhang et al., "mixup: beyond empirical
-    risk minimization", ICLR 2018). The Restormer family: the defaults; MIRNet and Uformer: beta 0.6, probability 1, per
-    sample, after 5 epochs."""
+    """x <- l x + (1 - l) x', for degraded, clean and further images alike, l ~ Beta(beta, beta) (Zhang et al., "mixup:
+    beyond empirical risk minimization", ICLR 2018). The Restormer family: the defaults; MIRNet and Uformer: beta 0.6,
+    probability 1, per sample, after 5 epochs."""
 
     beta: PositiveFloat = 1.2
     """Both parameters of the Beta distribution."""
@@ -36,27 +36,25 @@ class Mixer:
     def __init__(self, mixup: Mixup, seed: int, start: int) -> None:
         """`start`: the position of the first sample that may be mixed."""
         self.mixup, self.seed, self.start = mixup, seed, start
-        self._before: dict[int, tuple[list[int], Tensor, Tensor]] = {}
+        self._before: dict[int, tuple[list[int], Sequence[Tensor]]] = {}
 
     def __call__(
-        self, part: int, batch: int, positions: Sequence[int], places: list[int], degraded: Tensor, clean: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Both images (B, 3, H, W) of micro-batch `part` of the step whose batch begins at position `batch`, mixed.
-        `places`: where in the micro-batch each of the B stands, and `positions` which samples they are."""
-        before, self._before[part] = self._before.get(part), (places, degraded, clean)
+        self, part: int, batch: int, positions: Sequence[int], places: list[int], images: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """The images (B, 3, H, W), of each kind, of micro-batch `part` of the step whose batch begins at position
+        `batch`, mixed. `places`: where in the micro-batch each of the B stands, and `positions` which samples they
+        are."""
+        before, self._before[part] = self._before.get(part), (places, images)
         if before is None or batch < self.start:
-            return degraded, clean
+            return images
         there = {place: i for i, place in enumerate(before[0])}
         own = [self._weight(batch if self.mixup.per == "batch" else position) for position in positions]
         own = [weight if place in there else 1.0 for weight, place in zip(own, places, strict=True)]
         if all(weight == 1 for weight in own):
-            return degraded, clean
-        weight = torch.tensor(own, device=clean.device)[:, None, None, None]
-        partners = torch.tensor([there.get(place, 0) for place in places], device=clean.device)
-        return (
-            weight * degraded + (1 - weight) * before[1][partners],
-            weight * clean + (1 - weight) * before[2][partners],
-        )
+            return images
+        weight = torch.tensor(own, device=images[0].device)[:, None, None, None]
+        partners = torch.tensor([there.get(place, 0) for place in places], device=images[0].device)
+        return [weight * now + (1 - weight) * old[partners] for now, old in zip(images, before[1], strict=True)]
 
     def _weight(self, position: int) -> float:
         rng = np.random.default_rng([self.seed, 4, position])

@@ -30,6 +30,9 @@ class Options:
     def check(self, pairs: Pairs) -> None:
         if self.degradation is not None and any(pair.degraded for pair in pairs.samples):
             raise UserError("the samples are pairs already: leave the degradation out")
+        for column in self.degradation.columns if self.degradation else ():
+            if column not in pairs.columns:
+                raise UserError(f"the degradation needs a column {column}: give --column {column}=FOLDER")
         scale = self.scale(pairs)
         if self.crop_size is None and self.crop_step is not None:
             raise UserError("crop_step is given without crop_size")

@@ -38,8 +38,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mcir.data.card import checksums, dataset_card, file_sha256
 from mcir.data.options import Options
 from mcir.data.pairs import Pair, Pairs
-from mcir.data.parquet import CHECKSUMS, checksum
-from mcir.data.rows import Row
+from mcir.data.parquet import CHECKSUMS
+from mcir.data.rows import Row, checksum
 from mcir.data.spool import measure, schema, spool, spool_name, spooled_row, write
 from mcir.errors import UserError
 

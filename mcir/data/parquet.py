@@ -6,20 +6,20 @@ import atexit
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from glob import escape
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from imagecodecs import zlibng_crc32
 
 from mcir import storage
-from mcir.data.rows import Row, Units
+from mcir.data.rows import Row, Units, checksum
 from mcir.errors import UserError
 from mcir.section import Section
 from mcir.storage import first_line, is_of_the_network, is_url, retried
@@ -31,15 +31,6 @@ if TYPE_CHECKING:
 CHECKSUMS = b"mcir.crc32"
 """In a Parquet footer: a JSON list of the row groups' `checksum`s. Verifying Parquet's own, those of its pages, takes
 15 times as long, a tenth of the time that decoding uncompressed images takes; that is done where these are missing."""
-
-
-def checksum(rows: Iterable[Row]) -> int:
-    """CRC-32 of the keys and images, one after the other."""
-    value = 0
-    for row in rows:
-        for data in (row.key.encode(), row.clean, row.degraded or b""):
-            value = zlibng_crc32(data, value)  # type: ignore[arg-type]  # any buffer
-    return value
 
 
 class Columns(Section):
@@ -55,6 +46,7 @@ class Columns(Section):
 COLUMNS = Columns()
 READ_AHEAD = {"hf": {"block_size": 2**16}, "gs": {"block_size": 2**16}, "s3": {"default_block_size": 2**16}}
 """Bytes. By default it is 5 MiB, a third of a row group, and 50 MiB of S3."""
+NONE: Mapping[str, str] = MappingProxyType({})
 EXTRA = "extra:"
 """Before the names of further columns, among the parts of a row."""
 
@@ -64,9 +56,10 @@ def open_parquet(
     name: str,
     columns: Columns = COLUMNS,
     faults: list[str] | None = None,
-    extra: Sequence[str] = (),
+    extra: Mapping[str, str] = NONE,
 ) -> Units:
-    """The row groups of `files`; `name` is what messages call them; `extra` are further columns of images.
+    """The row groups of `files`; `name` is what messages call them; `extra` are further columns of images, each
+    with the field that names it.
 
     UserError: an unreadable footer, columns that are not there or hold no images, and, in local files, a key twice (of
     the Hub it would take a request for each row group to know). Where `faults` are given it goes there, and the rest of
@@ -151,7 +144,7 @@ class _Footer:
     """Of local files."""
 
 
-def _footer(file: str, name: str, columns: Columns, extra: Sequence[str]) -> _Footer | UserError:
+def _footer(file: str, name: str, columns: Columns, extra: Mapping[str, str]) -> _Footer | UserError:
     import fsspec
     import pyarrow.parquet as pq
 
@@ -186,7 +179,7 @@ def _is_of_a_store(file: str) -> bool:
     return is_url(file) and not file.startswith("hf://")
 
 
-def _stored(schema: "pa.Schema", file: str, name: str, columns: Columns, extra: Sequence[str]) -> dict[str, str]:
+def _stored(schema: "pa.Schema", file: str, name: str, columns: Columns, extra: Mapping[str, str]) -> dict[str, str]:
     """UserError: a column is not there, or holds no images."""
     there = {}
     for part, column in columns:
@@ -198,10 +191,10 @@ def _stored(schema: "pa.Schema", file: str, name: str, columns: Columns, extra: 
                 f"{name} has no column {column} (it has {has}); a dataset has `clean`, `key` and, where paired, "
                 "`degraded`, or says what they are called, such as columns: {clean: hr, degraded: lr, key: id}"
             )
-    for column in extra:
+    for column, field in extra.items():
         if column not in schema.names:
             has = ", ".join(sorted(schema.names))
-            raise UserError(f"{name} has no column {column}, which objective.contrast.columns names (it has {has})")
+            raise UserError(f"{name} has no column {column}, which {field} names (it has {has})")
         there[EXTRA + column] = column
     for part, column in there.items():
         if part != "key" and not _holds_images(schema.field(column).type):
@@ -269,12 +262,13 @@ def _read_group(
         nothing: list[Any] = [None] * group.length
         columns = {part: _files(table[column]) for part, column in stored.items() if part != "key"}
         keys = _keys(table[stored["key"]]) if "key" in stored else nothing
-        further = [files for part, files in columns.items() if part.startswith(EXTRA)]
-        images = zip(columns["clean"], columns.get("degraded", nothing), *further, strict=True)
+        further = [part for part in columns if part.startswith(EXTRA)]
+        images = zip(columns["clean"], columns.get("degraded", nothing), *map(columns.get, further), strict=True)
+        names = [part.removeprefix(EXTRA) for part in further]
         name = os.path.relpath(file, os.path.commonpath([os.path.dirname(file) for file in files]))
         rows: Sequence[Row | UserError]
         rows = [
-            _row(f"{name.removesuffix('.parquet')}-{number}" if key is None else key, image, file, number)
+            _row(f"{name.removesuffix('.parquet')}-{number}" if key is None else key, image, names, file, number)
             for number, key, image in zip(count(group.first), keys, images, strict=False)
         ]
         if group.checksum is not None and checksum(row for row in rows if isinstance(row, Row)) != group.checksum:
@@ -294,13 +288,14 @@ _File = memoryview | str
 """An image file, or where it is."""
 
 
-def _row(key: str, images: tuple[_File | None, ...], file: str, number: int) -> Row | UserError:
-    """`images`: clean, degraded, further ones."""
+def _row(key: str, images: tuple[_File | None, ...], further: Sequence[str], file: str, number: int) -> Row | UserError:
+    """`images`: clean, degraded, those of `further` columns."""
     where = f"{file}, row {number} (key {key})"
     if images[0] is None:
         return UserError(f"{where} has no clean image")
-    if None in images[2:]:
-        return UserError(f"{where} lacks an image of the columns that objective.contrast.columns names")
+    for column, image in zip(further, images[2:], strict=True):
+        if image is None:
+            return UserError(f"{where} has no image in its column {column}")
     halves: list[Any] = [*images]
     for i, half in enumerate(halves):
         if isinstance(half, str):
@@ -312,7 +307,7 @@ def _row(key: str, images: tuple[_File | None, ...], file: str, number: int) -> 
                 halves[i] = path.read_bytes()
             except OSError as error:
                 return UserError(f"{where}: {path} cannot be read: {error.strerror}")
-    return Row(key, halves[0], halves[1], where, tuple(halves[2:]))
+    return Row(key, halves[0], halves[1], where, dict(zip(further, halves[2:], strict=True)))
 
 
 def _keys(column: "pa.ChunkedArray") -> list[str | None]:

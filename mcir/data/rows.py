@@ -1,7 +1,9 @@
 """An undecoded sample, and what every format is read as: units of known length."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+
+from imagecodecs import zlibng_crc32
 
 from mcir.data.files import LeftOut
 from mcir.errors import UserError
@@ -15,8 +17,8 @@ class Row:
     clean: bytes | memoryview
     degraded: bytes | memoryview | None
     where: str
-    extra: tuple[bytes | memoryview, ...] = ()
-    """Images of further columns, of the clean image's size."""
+    extra: Mapping[str, bytes | memoryview] = field(default_factory=dict)
+    """Images of further columns, of the clean image's size, by their names."""
 
 
 @dataclass(frozen=True)
@@ -36,3 +38,12 @@ class Units:
                 if isinstance(row, UserError):
                     raise row
                 yield row
+
+
+def checksum(rows: Iterable[Row]) -> int:
+    """CRC-32 of the keys and images, one after the other."""
+    value = 0
+    for row in rows:
+        for data in (row.key.encode(), row.clean, row.degraded or b""):
+            value = zlibng_crc32(data, value)  # type: ignore[arg-type]  # any buffer
+    return value

@@ -13,7 +13,7 @@ import re
 import tarfile
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice, repeat
@@ -28,7 +28,7 @@ from mcir.data.encode import centre, encode
 from mcir.data.files import IMAGE_SUFFIXES, LeftOut, files_at, is_left_over, why_left_out
 from mcir.data.layouts import find_pairs
 from mcir.data.pairs import Pair, Pairs, pair_folders
-from mcir.data.parquet import Columns, open_parquet
+from mcir.data.parquet import NONE, Columns, open_parquet
 from mcir.data.rows import Row, Units
 from mcir.errors import UserError
 from mcir.section import PathText, Section
@@ -40,11 +40,11 @@ _CONVERTED = "refs/convert/parquet"
 
 class Source(Section, ABC):
     @abstractmethod
-    def open(self, extra: Sequence[str] = ()) -> Units:
-        """Find the units; `extra` are further columns of images. UserError where nothing is found or a column is
-        missing."""
+    def open(self, extra: Mapping[str, str] = NONE) -> Units:
+        """Find the units; `extra` are further columns of images, each with the field that names it. UserError where
+        nothing is found or a column is missing."""
 
-    def open_at(self, place: str, extra: Sequence[str] = ()) -> Units:
+    def open_at(self, place: str, extra: Mapping[str, str] = NONE) -> Units:
         """`open`, where errors begin with the field of the config, below `place`, whose value they are about."""
         try:
             return self.open(extra)
@@ -63,7 +63,7 @@ class ParquetSource(Source):
     """A folder of *.parquet files, one file, or a glob; also of a store, such as s3://bucket/folder."""
     columns: Columns = Columns()
 
-    def open(self, extra: Sequence[str] = ()) -> Units:
+    def open(self, extra: Mapping[str, str] = NONE) -> Units:
         left_out = LeftOut()
         if is_url(self.path):
             files = [
@@ -93,7 +93,7 @@ class HubSource(Source):
     `partial-train`."""
     columns: Columns = Columns()
 
-    def open(self, extra: Sequence[str] = ()) -> Units:
+    def open(self, extra: Mapping[str, str] = NONE) -> Units:
         from datasets import load_dataset_builder
 
         where: dict[str, Any] = {"name": self.config}
@@ -150,7 +150,7 @@ class FolderSource(Source):
     clean_pattern: str = "{key}"
     """Names of clean images."""
 
-    def open(self, extra: Sequence[str] = ()) -> Units:
+    def open(self, extra: Mapping[str, str] = NONE) -> Units:
         _refuse(extra, self.format)
         degraded = Path(self.degraded) if self.degraded else None
         found = pair_folders(Path(self.clean), degraded, pattern=self.pattern, clean_pattern=self.clean_pattern)
@@ -170,7 +170,7 @@ class LayoutSource(Source):
     scale: int | None = None
     """Of super-resolution sets; without one only their clean half is read."""
 
-    def open(self, extra: Sequence[str] = ()) -> Units:
+    def open(self, extra: Mapping[str, str] = NONE) -> Units:
         _refuse(extra, self.format)
         return _units(find_pairs(self.layout, Path(self.path), self.split, self.scale))
 
@@ -183,7 +183,7 @@ class TarSource(Source):
     path: PathText
     """A folder of *.tar files, one file, or a glob."""
 
-    def open(self, extra: Sequence[str] = ()) -> Units:
+    def open(self, extra: Mapping[str, str] = NONE) -> Units:
         _refuse(extra, self.format)
         left_out = LeftOut()
         files = files_at(self.path, ".tar", left_out)
@@ -205,11 +205,11 @@ class TarSource(Source):
         return Units(tuple(len(members) for _, members in tars), partial(_read_tar, tars), left_out)
 
 
-def _refuse(extra: Sequence[str], kind: str) -> None:
-    if extra:
+def _refuse(extra: Mapping[str, str], kind: str) -> None:
+    for column, field in extra.items():
         raise UserError(
-            f"objective.contrast.columns names {', '.join(extra)}, and a source of {kind} has clean and degraded "
-            "images alone: make Parquet shards with these columns (mcir data pack --column NAME=FOLDER)"
+            f"{field} names {column}, and a source of {kind} has clean and degraded "
+            "images alone: make Parquet shards with this column (mcir data pack --column NAME=FOLDER)"
         )
 
 

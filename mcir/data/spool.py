@@ -127,7 +127,7 @@ def _rows(pair: Pair, pairs: Pairs, options: Options) -> list[dict[str, Any]]:
         full = ["clean", *pairs.columns]
         images |= {name: images[name][:, : whole[1] // scale * scale, : whole[2] // scale * scale] for name in full}
         rng = np.random.default_rng([options.seed or 0, zlib.crc32(pair.key.encode())])
-        images["degraded"] = options.degradation(images["clean"], rng)
+        images["degraded"] = options.degradation.of(images["clean"], rng, images)
         files["degraded"] = pair.clean
     if options.crop_size is None:
         named: dict[str, tuple[bytes | None, str]] = {name: (None, path.name) for name, path in files.items()}

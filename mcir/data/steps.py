@@ -13,10 +13,11 @@ from typing import Annotated, Literal, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt, field_validator
 from torch import Tensor
 
 from mcir.data.degrade import (
+    Degradation,
     GaussianBlur,
     Haze,
     Jpeg,
@@ -26,9 +27,11 @@ from mcir.data.degrade import (
     Positive,
     Quality,
     Rain,
+    choice,
     compressed,
     convolve,
     draw,
+    draw_odd,
     draw_whole,
 )
 from mcir.data.kernels import Profile, blur_kernel, sinc_kernel
@@ -97,7 +100,7 @@ class Blur(Step):
         return convolve(image, self.kernel(rng))
 
     def kernel(self, rng: np.random.Generator) -> Tensor:
-        shape, size = choice(rng, self.shapes), _draw_odd(rng, self.size)
+        shape, size = choice(rng, self.shapes), draw_odd(rng, self.size)
         first = second = self._sigma(rng)
         angle, beta = 0.0, 1.0
         if shape.endswith("anisotropic"):
@@ -128,7 +131,7 @@ class Sinc(Step):
         return convolve(image, self.kernel(rng))
 
     def kernel(self, rng: np.random.Generator) -> Tensor:
-        return sinc_kernel(_draw_odd(rng, self.size), np.pi * draw(rng, self.cutoff))
+        return sinc_kernel(draw_odd(rng, self.size), np.pi * draw(rng, self.cutoff))
 
 
 class Resize(Step):
@@ -258,6 +261,13 @@ class Apply(Step):
         LowResolution | Noise | Jpeg | GaussianBlur | MotionBlur | Haze | Rain, Field(discriminator="name")
     ]
 
+    @field_validator("degradation")
+    @classmethod
+    def _of_the_image_alone(cls, degradation: Degradation) -> Degradation:
+        if degradation.columns:
+            raise ValueError(f"no column ({degradation.columns[0]}) goes through the steps of a chain: leave it out")
+        return degradation
+
     def __call__(self, image: Tensor, result: tuple[int, int], rng: np.random.Generator) -> Tensor:
         return self.degradation(image, rng)
 
@@ -327,16 +337,6 @@ def resized(image: Tensor, size: tuple[int, int], mode: Mode) -> Tensor:
     if mode == "antialiased":
         return F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
     return F.interpolate(image[None], size, mode=mode)[0]
-
-
-def choice(rng: np.random.Generator, chances: dict[T, float]) -> T:
-    """One of the keys, its chance being its value over their sum."""
-    bounds = np.cumsum(list(chances.values()))
-    return list(chances)[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))]
-
-
-def _draw_odd(rng: np.random.Generator, size: int | tuple[int, int]) -> int:
-    return 2 * int(rng.integers(size[0] // 2, size[1] // 2 + 1)) + 1 if isinstance(size, tuple) else size
 
 
 def _draw_beta(rng: np.random.Generator, bounds: tuple[float, float]) -> float:

@@ -111,7 +111,14 @@ class SampleStream:
     def __init__(self, data: DataConfig, scale: int, seed: int, num_lanes: int, columns: Sequence[str] = ()) -> None:
         """UserError where a source cannot be opened or holds nothing."""
         self.data, self.scale, self.seed, self.num_lanes, self.columns = data, scale, seed, num_lanes, columns
-        self.units = [train.source.open_at(f"data.train.{i}.source", columns) for i, train in enumerate(data.train)]
+        self.units = [
+            train.source.open_at(
+                f"data.train.{i}.source",
+                dict.fromkeys(train.degradation.columns if train.degradation else (), f"data.train.{i}.degradation")
+                | dict.fromkeys(columns, "objective.contrast.columns"),
+            )
+            for i, train in enumerate(data.train)
+        ]
         num_rows = [sum(units.lengths) for units in self.units]
         weights = [t.repeat * rows if t.repeat else t.weight for t, rows in zip(data.train, num_rows, strict=True)]
         try:
@@ -177,6 +184,7 @@ class SampleStream:
                 rng,
                 self.data.edge_decay,
                 self.data.small_images == "reflect",
+                self.columns,
             )
         except UserError as error:
             return Failure(str(error))

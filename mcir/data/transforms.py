@@ -4,6 +4,7 @@ given.
 Images are (3, H, W), uint8 (or float32 in [0, 1] where the file holds 16 bits). Crops are taken before any conversion.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -33,7 +34,8 @@ def validation_pair(
     if row.degraded is not None:
         return decode(row.degraded, f"{row.where}, degraded"), clean
     assert degradation is not None
-    return degradation(clean, rng), clean
+    images = {name: _further(row, name)[:, : height * scale, : width * scale] for name in degradation.columns}
+    return degradation.of(clean, rng, images), clean
 
 
 def training_pair(
@@ -45,8 +47,9 @@ def training_pair(
     rng: np.random.Generator,
     edge_decay: float = 0.0,
     reflect_small: bool = False,
+    columns: Sequence[str] = (),
 ) -> tuple[Pixels, ...]:
-    """(degraded, clean, further columns'): the same random window of all, `crop_size` pixels square, degraded
+    """(degraded, clean, those of further `columns`): the same random window of all, `crop_size` pixels square, degraded
     crop_size / scale; views with any strides, which are copied once, into their batch.
 
     Images are decoded as far down as the window reaches.
@@ -63,8 +66,8 @@ def training_pair(
             f"{row.where}: the clean image is {clean_size[0]} x {clean_size[1]}, smaller than the crop of "
             f"{crop_size}; lower data.crop_size, set data.small_images to reflect, or leave small images out"
         )
-    rows, columns = max(height, size), max(width, size)
-    top, left = (_start(side, size, edge_decay, rng) for side in (rows, columns))
+    num_rows, num_columns = max(height, size), max(width, size)
+    top, left = (_start(side, size, edge_decay, rng) for side in (num_rows, num_columns))
     below = (top + size) * scale
     if isinstance(degradation, Bicubic):
         below += 2 * scale  # its kernel reaches beyond the crop
@@ -74,14 +77,22 @@ def training_pair(
     if is_small:
         clean = _reflected(clean[:, : height * scale, : width * scale], crop_size)
     if isinstance(degradation, Bicubic):
-        multiple = clean[:, : rows * scale, : columns * scale]
+        multiple = clean[:, : num_rows * scale, : num_columns * scale]
         degraded = imresize_crop(multiple, 1 / scale, top, left, size, size)
     elif isinstance(degradation, Chain):
         wide = max(size, degradation.window_size // scale)
-        y, x = (_around(*side, size, wide, rng) for side in ((rows, top), (columns, left)))
-        seen = clean[:, y.start * scale : y.stop * scale, x.start * scale : x.stop * scale]
-        degraded = degradation(seen, rng)[:, top - y.start :, left - x.start :][:, :size, :size]
-    clean = clean[:, top * scale : top * scale + crop_size, left * scale : left * scale + crop_size]
+        v, u = (_around(*side, size, wide, rng) for side in ((num_rows, top), (num_columns, left)))
+        seen = clean[:, v.start * scale : v.stop * scale, u.start * scale : u.stop * scale]
+        degraded = degradation(seen, rng)[:, top - v.start :, left - u.start :][:, :size, :size]
+    y, x = slice(top * scale, top * scale + crop_size), slice(left * scale, left * scale + crop_size)
+    clean = clean[:, y, x]
+
+    def further(name: str) -> Tensor:
+        image = _further(row, name, bottom=y.stop)
+        if is_small:
+            image = _reflected(image[:, : height * scale, : width * scale], crop_size)
+        return image[:, y, x]
+
     if row.degraded is not None:
         degraded = decode(row.degraded, f"{row.where}, degraded", bottom=top + size)
         if is_small:
@@ -89,19 +100,19 @@ def training_pair(
         degraded = degraded[:, top : top + size, left : left + size]
     elif not isinstance(degradation, Bicubic | Chain):
         assert degradation is not None
-        degraded = degradation(clean, rng)
-    extra = []
-    for image in row.extra:
-        if (found := image_size(image, row.where)) != (wanted := image_size(row.clean, row.where)):
-            raise UserError(
-                f"{row.where}: an image of objective.contrast.columns is {found[0]} x {found[1]} and clean "
-                f"{wanted[0]} x {wanted[1]}: they should be of one size"
-            )
-        window = decode(image, f"{row.where}, of objective.contrast.columns", bottom=(top + size) * scale)
-        if is_small:
-            window = _reflected(window[:, : height * scale, : width * scale], crop_size)
-        extra.append(window[:, top * scale : top * scale + crop_size, left * scale : left * scale + crop_size])
-    return _augment(augment, rng, degraded, clean, *extra)
+        degraded = degradation.of(clean, rng, {name: further(name) for name in degradation.columns})
+    return _augment(augment, rng, degraded, clean, *map(further, columns))
+
+
+def _further(row: Row, column: str, bottom: int | None = None) -> Tensor:
+    """The image of a further column, (3, H, W) as clean. UserError where it has another size."""
+    found, wanted = image_size(row.extra[column], f"{row.where}, {column}"), image_size(row.clean, row.where)
+    if found != wanted:
+        raise UserError(
+            f"{row.where}: {column} is {found[0]} x {found[1]} and clean {wanted[0]} x {wanted[1]}: they should be of "
+            "one size"
+        )
+    return decode(row.extra[column], f"{row.where}, {column}", bottom=bottom)
 
 
 def _reflected(image: Tensor, least: int) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, field_validator
 
 from mcir.data.chain import AnyDegradation
+from mcir.data.rows import Units
 from mcir.data.sources import AnySource
 from mcir.evaluation.metrics import PROTOCOLS
 from mcir.evaluation.perceptual import AnyMetric
@@ -24,6 +25,14 @@ class ValidationSet(Section):
     """How PSNR and SSIM are computed: sr, rgb, ffanet, dehazeformer, derain, nafnet."""
     published: dict[str, tuple[float, float]] = {}  # noqa: RUF012
     """What others measured on this set, PSNR in dB and SSIM, by name: `mcir evaluate --published` shows it."""
+
+    def open(self) -> Units:
+        """The rows, with what the degradation is made from."""
+        return self.source.open(self.columns("degradation"))
+
+    def columns(self, field: str) -> dict[str, str]:
+        """The further columns that `degradation`, which stands at `field`, reads."""
+        return dict.fromkeys(self.degradation.columns if self.degradation else (), field)
 
 
 class ValidationConfig(Section):

@@ -91,7 +91,7 @@ def evaluate(
     measures = {metric.label: metric.build(accelerator.device) for metric in metrics}
     share: list[tuple[int, str, dict[str, float], Picture | None]] = []
     failed: dict[int, str] = {}
-    for index, row in enumerate(data.source.open()):
+    for index, row in enumerate(data.open()):
         if index % accelerator.num_processes != accelerator.process_index:
             continue
         try:
@@ -138,7 +138,9 @@ def try_first(config: ValidationConfig, scale: int, device: torch.device) -> Non
     for metric in config.metrics:
         metric.build(device)
     for name, data in config.sets.items():
-        units = data.source.open_at(f"validation.sets.{name}.source")
+        units = data.source.open_at(
+            f"validation.sets.{name}.source", data.columns(f"validation.sets.{name}.degradation")
+        )
         try:
             row = next(iter(units), None)
             if row is None:

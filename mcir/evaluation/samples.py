@@ -32,7 +32,7 @@ def samples(trained: Trained, device: torch.device) -> dict[str, bytes]:
         return {}
     for name, data in list(sets.items())[:NUM_SETS]:
         try:
-            row = next(iter(data.source.open()), None)
+            row = next(iter(data.open()), None)
             if row is None:
                 raise UserError("no images")
             degraded, clean = pair_of(row, data, descriptor.scale, device)

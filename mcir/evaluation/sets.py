@@ -47,7 +47,7 @@ class TestSet:
         elif isinstance(self.data.source, FolderSource) and self.data.source.pattern != "{key}":
             made += f" (names {self.data.source.pattern})"
         if self.data.degradation is not None:
-            options = self.data.degradation.model_dump(exclude={"name"})
+            options = self.data.degradation.model_dump(exclude={"name"}, exclude_none=True)
             settings = ", ".join(f"{key} {value}" for key, value in options.items())
             made = f"clean images degraded on the fly: {self.data.degradation.name} ({settings})"
         return f"{self.num_images} images, {made}, protocol {self.data.protocol}"
@@ -164,7 +164,7 @@ def fit(name: str, values: dict[str, Any], tile: Any, scale: int, protocol: str 
             data = data.model_copy(update={"published": {}})  # measured otherwise: not to be compared
     except ValidationError as error:
         raise UserError(f"--data {name}: {faults(error)}") from None
-    units = data.source.open()
+    units = data.open()
     first = next(iter(units), None)
     if first is None:
         raise UserError(f"{name}: holds no images")

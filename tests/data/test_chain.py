@@ -359,6 +359,7 @@ def test_config():
         [{"name": "sinc", "cutoff": [0.5, 1.5]}],
         [{"name": "noise", "probability": 1.1}],
         [{"name": "apply", "degradation": {"name": "bicubic"}}],
+        [{"name": "apply", "degradation": {"name": "haze", "depth": "depth"}}],
         [{"name": "group", "steps": []}],
     ):
         with pytest.raises(ValidationError):

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import closing
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -442,6 +443,34 @@ def test_images_of_further_columns_get_the_crop_and_flips_of_the_clean_one(tmp_p
         assert len(batch.extra) == 2
         for image in batch.extra:
             assert torch.allclose(image, 1 - batch.clean, atol=1e-6)
+
+
+def test_mixup_mixes_images_of_further_columns_with_the_same_factors(tmp_path):
+    """The complement of a mix is the mix of the complements."""
+    folder = write_dataset(tmp_path / "data", extra=("dcp",))
+    data = config(folder, mixup={"probability": 1.0, "per": "sample"})
+    mixed = islice(Loader(data, scale=2, batch_size=4, seed=3, columns=("dcp",)), 4)
+    plain = islice(Loader(config(folder), scale=2, batch_size=4, seed=3), 4)
+    for step, (batch, without) in enumerate(zip(mixed, plain, strict=True)):
+        assert torch.equal(batch.clean, without.clean) == (step == 0)
+        assert torch.allclose(batch.extra[0], 1 - batch.clean, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_haze_takes_its_depth_from_a_column_cut_and_flipped_with_the_clean_image(tmp_path, num_workers):
+    """The column holds the clean images' complements, so that d = 1 - red."""
+    folder = write_dataset(tmp_path / "data", extra=("depth", "dcp"))
+    degradation = {"name": "haze", "beta": 1.4, "airlight": 0.9, "depth": "depth"}
+    train = [{"source": {"format": "parquet", "path": str(folder)}, "degradation": degradation}]
+    data = config(folder, train=train, num_workers=num_workers)
+    for columns in ((), ("dcp", "depth")):
+        for batch in islice(Loader(data, scale=1, batch_size=4, seed=3, columns=columns), 4):
+            t = torch.exp(-1.4 * (1 - batch.clean[:, :1]))
+            torch.testing.assert_close(batch.degraded, batch.clean * t + 0.9 * (1 - t), atol=0.501 / 255, rtol=0)
+            assert len(batch.extra) == len(columns)
+    missing = config(folder, train=[train[0] | {"degradation": degradation | {"depth": "d"}}])
+    with pytest.raises(UserError, match=r"no column d, which data\.train\.0\.degradation names \(it has clean, dcp"):
+        next(iter(Loader(missing, scale=1, batch_size=4, seed=3)))
 
 
 def test_columns_that_are_not_there(tmp_path):

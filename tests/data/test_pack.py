@@ -20,7 +20,7 @@ from torchvision.transforms.functional import center_crop
 from mcir.data import pack as pack_module
 from mcir.data.card import checksums
 from mcir.data.decode import decode
-from mcir.data.degrade import Bicubic
+from mcir.data.degrade import Bicubic, Haze
 from mcir.data.layouts import find_pairs
 from mcir.data.options import Options
 from mcir.data.pack import pack
@@ -187,6 +187,21 @@ def test_further_images_of_many_degraded_ones_go_by_their_names(tmp_path):
     assert [pair.further[0].name for pair in found.samples] == [pair.degraded.name for pair in pairs.samples]
 
 
+def test_haze_is_packed_over_the_depth_of_a_column(photographs, tmp_path):
+    clean = pair_folders(tmp_path / "clean", None)
+    for pair in clean.samples:
+        height, width = pixels({"bytes": pair.clean.read_bytes()}).shape[:2]
+        save(tmp_path / f"depth/{pair.key}.png", np.full((height, width), 10 * int(pair.key), np.uint8))
+    options = Options(degradation=Haze(beta=1.2, airlight=1.0, depth="depth"))
+    with pytest.raises(UserError, match="needs a column depth: give --column depth=FOLDER"):
+        pack(clean, tmp_path / "out", options)
+    pack(with_columns(clean, {"depth": tmp_path / "depth"}), tmp_path / "out", options)
+    for row in rows_of(tmp_path / "out"):
+        t = np.exp(-1.2 * 10 * int(row["key"]) / 255)
+        expected = pixels(row["clean"]) * t + 255 * (1 - t)
+        np.testing.assert_allclose(pixels(row["degraded"]), expected, atol=0.501)
+
+
 def test_further_images_that_do_not_fit_are_named(photographs, prepared, tmp_path):
     (prepared["dcp"] / "03.png").rename(prepared["dcp"] / "other.png")
     with pytest.raises(UserError, match=r"dcp: .* these keys: 03; column dcp: .*belong to no sample: other\.png"):
@@ -207,7 +222,7 @@ def test_what_a_disk_changes_in_a_further_image_is_seen_where_it_is_read(photogr
     shard.write_bytes(changed)
     assert len(list(open_parquet([str(shard)], "out"))) == 12
     with pytest.raises(UserError, match=r"cannot be read: .*changed after it was packed"):
-        list(open_parquet([str(shard)], "out", extra=["dcp"]))
+        list(open_parquet([str(shard)], "out", extra={"dcp": "the test"}))
 
 
 def test_row_groups_stay_small(photographs, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mcir.data.degrade import Bicubic
+from mcir.data.degrade import Bicubic, Haze
 from mcir.data.resize import imresize
 from mcir.data.rows import Row
 from mcir.data.transforms import training_pair, validation_pair
@@ -25,7 +25,7 @@ def picture(height: int, width: int) -> np.ndarray:
     return np.stack([rows, columns, noise], axis=2).astype(np.uint8)
 
 
-def windows(row: Row, crop_size: int, scale: int, degradation: Bicubic | None) -> set[int]:
+def windows(row: Row, crop_size: int, scale: int, degradation: Bicubic | Haze | None) -> set[int]:
     """Compares 60 training pairs with the same windows of the whole images; the tops that came."""
     degraded, clean = validation_pair(row, scale, degradation, np.random.default_rng(0))
     tops = set()
@@ -45,6 +45,26 @@ def test_a_training_pair_is_one_window_of_both_images(scale):
     clean = picture(100, 70)
     degraded = encode(clean[: 100 // scale * scale : scale, : 70 // scale * scale : scale])
     assert len(windows(Row("a", encode(clean), degraded, "here"), 60, scale, None)) > 8
+
+
+def test_haze_over_a_column_of_depth():
+    """I = J t + A (1 - t), t = exp(-beta d), with d of 16 bits; of a crop, the crop of the whole."""
+    clean, depth = picture(90, 70), np.random.default_rng(1).integers(0, 2**16, (90, 70), dtype=np.uint16)
+    row = Row("a", encode(clean), None, "here", {"d": encode(depth)})
+    haze = Haze(beta=1.1, airlight=0.8, depth="d")
+    assert len(windows(row, 60, 1, haze)) > 8
+    hazy, _ = validation_pair(row, 1, haze, np.random.default_rng(0))
+    t = np.exp(-1.1 * depth / 65535)[..., None]
+    expected = np.floor(255 * (clean / 255 * t + 0.8 * (1 - t)) + 0.5)
+    assert np.abs(hazy.permute(1, 2, 0).numpy() - expected).max() <= 1  # fp32 at a half
+    assert (hazy.permute(1, 2, 0).numpy() == expected).mean() > 0.999
+    small = Row("a", encode(clean), None, "here", {"d": encode(depth[:80])})
+    for pair in (
+        lambda: validation_pair(small, 1, haze, np.random.default_rng(0)),
+        lambda: training_pair(small, 60, 1, haze, "none", np.random.default_rng(0)),
+    ):
+        with pytest.raises(UserError, match="here: d is 80 x 70 and clean 90 x 70: they should be of one size"):
+            pair()
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
