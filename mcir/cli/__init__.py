@@ -75,7 +75,8 @@ def train(
     several processes."""
     from mcir.config import dump, load
 
-    config = load(*split(configs))
+    files, overrides = split(configs)
+    config = load(files, overrides)
     if dry_run:
         from rich.console import Console
 
@@ -85,9 +86,19 @@ def train(
             print(dump(config), end="")
             Console().print(table(config, processes or int(os.environ.get("WORLD_SIZE", "2"))))
         return
+    import torch
+
+    from mcir.parallel.launch import unused_devices
+    from mcir.recipes.shipped import changes
     from mcir.train.engine import build_engine
 
+    changed = changes(config, files)
+    if int(os.environ.get("RANK", "0")) == 0:
+        said = unused_devices(torch.accelerator.device_count(), sys.argv, os.environ)
+        for line in [*changed, *([said] if said else [])]:
+            print(line, flush=True)
     engine = build_engine(config, resume)
+    engine.record.update(changed=changed[1:])
     exit_code = engine.fit()
     engine.accelerator.end_training()
     raise typer.Exit(exit_code)
@@ -123,7 +134,11 @@ def evaluate(
     ] = False,
     metrics: Annotated[
         list[str],
-        typer.Option(metavar="NAME|YAML...", help="Beside PSNR and SSIM: ms_ssim, lpips, dists, '{name: import, …}'."),
+        typer.Option(
+            metavar="NAME|YAML...",
+            help="Beside PSNR and SSIM: ms_ssim, lpips, dists, niqe, '{name: import, …}'; by default those of a config "
+            "given as --data, or none.",
+        ),
     ] = [],  # noqa: B006
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Results, checksums, configs, versions.")] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="A line for each image.")] = None,

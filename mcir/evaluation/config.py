@@ -42,8 +42,8 @@ class ValidationConfig(Section):
     """Optimizer steps between two validations; the last step always validates."""
     sets: dict[str, ValidationSet] = Field(min_length=1)
     metrics: tuple[AnyMetric, ...] = ()
-    """Measured beside PSNR and SSIM: ms_ssim, lpips, dists, or `{name: import, target: module:function, direction:
-    lower}`."""
+    """Measured beside PSNR and SSIM: ms_ssim, lpips, dists, niqe, or `{name: import, target: module:function,
+    direction: lower}`."""
     tile: PositiveInt | Literal["auto"] | None = None
     """Side of the tiles, in degraded pixels, for images that do not fit; `auto` halves on out-of-memory."""
     weights: Literal["target", "ema"] | None = None

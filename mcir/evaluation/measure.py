@@ -37,7 +37,7 @@ from mcir.evaluation.report import (
     to_json,
     write_whole,
 )
-from mcir.evaluation.sets import TestSet, open_sets
+from mcir.evaluation.sets import TestSet, metrics_of, open_sets
 from mcir.restoration.images import Picture as ImageFile
 from mcir.restoration.images import with_rgb, write
 from mcir.restoration.inference import check_tiles, infer
@@ -78,7 +78,7 @@ def measure(
     protocol: str | None = None,
     baseline_name: str | None = None,
     published: bool = False,
-    metrics: Sequence[AnyMetric] = (),
+    metrics: Sequence[AnyMetric] | None = None,
     options: Options = Options(),
     outputs: Outputs = Outputs(),
     console: Console | None = None,
@@ -86,7 +86,8 @@ def measure(
     """Every network on every set (`open_sets` says what a place is), printed and written. Collective.
 
     `baseline_name`: `bicubic` (super-resolution) or `degraded` (the image as it came) as one more network; `published`:
-    beside what was measured, the results of others that the sets' config holds; `metrics`: further ones.
+    beside what was measured, the results of others that the sets' config holds; `metrics`: further ones,
+    by default those that the configs among the places validate with.
     Raises UserError before the first image for whatever does not fit together.
     """
     console = console or Console()
@@ -113,6 +114,7 @@ def measure(
     known = {name: test.data.published for name, test in sets.items() if published and test.data.published}
     if published and not known:
         raise UserError("--published: no set holds published results; give the recipe as --data configs/…/….yaml")
+    metrics = metrics_of(places) if metrics is None else metrics
     for metric in metrics:
         metric.build(accelerator.device)
     for network in networks:

@@ -1,9 +1,8 @@
-"""Metrics beside a protocol's PSNR and SSIM: MS-SSIM, LPIPS, DISTS, and any function of the user's.
+"""Metrics beside a protocol's PSNR and SSIM: MS-SSIM, LPIPS, DISTS, NIQE, and any function of the user's.
 
 Each entry of `validation.metrics` says which way it is better and builds a function of two images. A metric sees what a
 picture file would hold, whatever the protocol: RGB clamped to [0, 1] and rounded to 8 bits, nothing cut off. Networks
-are frozen; ImageNet weights that cannot be downloaded may be given as a file. NIQE is not among them: no package that
-is free, ships its parameters and runs today has it; yours may be imported.
+are frozen; ImageNet weights that cannot be downloaded may be given as a file.
 """
 
 import functools
@@ -30,6 +29,7 @@ Measure = Callable[[Tensor, Tensor], Any]
 """(restored, clean), both (1, 3, H, W) in [0, 1] -> a number."""
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Of MS-SSIM, finest scale first."""
+NIQE_BLOCK = 96
 BACKBONES = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
 
 
@@ -89,6 +89,26 @@ class DISTS(_Metric):
         return _dists(self.weights, self.where).to(device)
 
 
+class NIQE(_Metric):
+    """How unlike photographs the restored image is by itself (Mittal et al., SPL 2013), without the clean one: of the
+    grey image, in blocks of 96 pixels, of which it needs two; computed on the CPU by iqa-torch, which ships its
+    authors' parameters."""
+
+    better: ClassVar[Better] = "lower"
+    name: Literal["niqe"] = "niqe"
+
+    def build(self, device: torch.device) -> Measure:
+        niqe = _niqe(self.where)
+
+        def of(restored: Tensor, clean: Tensor) -> Tensor:
+            height, width = restored.shape[-2:]
+            if (height // NIQE_BLOCK) * (width // NIQE_BLOCK) < 2:
+                raise ValueError(f"an image of {height} x {width} does not hold two blocks of {NIQE_BLOCK} pixels")
+            return niqe(restored.cpu())
+
+        return of
+
+
 class ImportedMetric(_Metric):
     """The user's own: a function of (restored, clean), both (1, 3, H, W) in [0, 1], that returns a number."""
 
@@ -120,14 +140,17 @@ class ImportedMetric(_Metric):
 
 
 AnyMetric = Annotated[
-    Annotated[MSSSIM | LPIPS | DISTS | ImportedMetric, Field(discriminator="name")],
+    Annotated[MSSSIM | LPIPS | DISTS | NIQE | ImportedMetric, Field(discriminator="name")],
     BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value),
 ]
 """A name alone stands for the metric with its defaults."""
 
 
-def parse(texts: Sequence[str]) -> tuple[AnyMetric, ...]:
-    """The metrics that a command names: `lpips`, `{name: lpips, network: vgg}`. UserError for what is none."""
+def parse(texts: Sequence[str]) -> tuple[AnyMetric, ...] | None:
+    """The metrics that a command names: `lpips`, `{name: lpips, network: vgg}`, or `none`; None where it names nothing.
+    UserError for what is none."""
+    if not texts or list(texts) == ["none"]:
+        return () if texts else None
     found: list[Any] = []
     for text in texts:
         try:
@@ -176,6 +199,19 @@ def _torchmetrics(where: str) -> None:
         import torchmetrics  # noqa: F401
     except ImportError:
         raise UserError(f"{where} needs torchmetrics: pip install 'mcir[metrics]'") from None
+
+
+@functools.cache
+def _niqe(where: str) -> Callable[[Tensor], Tensor]:
+    try:
+        from iqa.niqe import niqe_core
+        from iqa.niqe.niqe import niqe
+    except ImportError:
+        raise UserError(f"{where} needs iqa-torch: pip install 'mcir[metrics]'") from None
+    # Its mean of 1 x 36 makes a distance of 1 x 1, which NumPy since 2.4 does not take for a number.
+    parameters = dict(niqe_core.NIQE_PRIS_PARAMS)
+    niqe_core.NIQE_PRIS_PARAMS = parameters | {"mu_pris_param": parameters["mu_pris_param"].ravel()}
+    return niqe
 
 
 @functools.cache

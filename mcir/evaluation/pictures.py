@@ -80,11 +80,16 @@ def comparison_png(path: Path, pictures: Sequence[Picture], references: Sequence
 
 
 def results_table(
-    baseline_name: str, scores: Mapping[str, tuple[Scores, Scores]], contrast_share: float | None = None
+    baseline_name: str,
+    scores: Mapping[str, tuple[Scores, Scores]],
+    contrast_share: float | None = None,
+    further: Sequence[str] = (),
 ) -> Table:
-    """Set by set: (baseline, network), and the mean of several sets; below it what part the contrast had."""
+    """Set by set: (baseline, network), `further` metrics of both, and the mean of several sets; below it what part the
+    contrast had."""
     caption = None if contrast_share is None else f"the contrast was {contrast_share:.2%} of the reconstruction loss"
-    table = Table("set", "images", f"{baseline_name} PSNR / SSIM", "restored PSNR / SSIM", "gain", caption=caption)
+    heads = "set", "images", f"{baseline_name} PSNR / SSIM", "restored PSNR / SSIM", "gain", *map(str.upper, further)
+    table = Table(*heads, caption=caption)
     before_of, after_of = (mean_of_sets({name: pair[i].mean() for name, pair in scores.items()}) for i in (0, 1))
     for name in [*scores, *([MEAN] if len(scores) > 1 else [])]:
         before, after = before_of[name], after_of[name]
@@ -94,6 +99,7 @@ def results_table(
             f"{before['psnr']:.2f} dB / {before['ssim']:.4f}",
             f"{after['psnr']:.2f} dB / {after['ssim']:.4f}",
             f"{after['psnr'] - before['psnr']:+.2f} dB",
+            *(f"{before[metric]:.4f} -> {after[metric]:.4f}" for metric in further),
         )
     return table
 

@@ -20,10 +20,12 @@ from mcir.data.sources import FolderSource, LayoutSource
 from mcir.errors import UserError
 from mcir.evaluation.config import ValidationSet
 from mcir.evaluation.metrics import PROTOCOLS
+from mcir.evaluation.perceptual import AnyMetric
 from mcir.section import parse_yaml
 from mcir.storage import is_url
 from mcir.weights.trained import faults, split_name
 
+CONFIG_SUFFIXES = (".yaml", ".yml")
 FORMS = (
     "[NAME=]PATH or URL of Parquet files, PATH of images or a config, NAME=CLEAN,DEGRADED folders, or NAME={source: …}"
 )
@@ -71,6 +73,17 @@ def open_sets(places: Iterable[str], scale: int, protocol: str | None = None) ->
     return sets
 
 
+def metrics_of(places: Iterable[str]) -> tuple[AnyMetric, ...]:
+    """The further metrics of the configs among `places`, each once. UserError for two of one name."""
+    found: dict[str, AnyMetric] = {}
+    for place in places:
+        validation = load([place]).validation if place.endswith(CONFIG_SUFFIXES) else None
+        for metric in validation.metrics if validation else ():
+            if found.setdefault(metric.label, metric) != metric:
+                raise UserError(f"the configs mean two metrics by {metric.label}: say which with --metrics")
+    return tuple(found.values())
+
+
 def read_place(place: str, scale: int) -> list[tuple[str, dict[str, Any], Any]]:
     """(name, the values of a ValidationSet as far as they are said, tile) of each set of a place."""
     name, equals, text = place.partition("=")
@@ -83,7 +96,7 @@ def read_place(place: str, scale: int) -> list[tuple[str, dict[str, Any], Any]]:
     if is_url(text):
         return [(given or PurePosixPath(text).stem, {"source": {"format": "parquet", "path": text}}, None)]
     path = Path(text)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in CONFIG_SUFFIXES:
         validation = load([path]).validation
         if validation is None:
             raise UserError(f"{path}: the config has no validation section")

@@ -5,6 +5,7 @@
     best, images_per_s      {"metric", "value", "checkpoint"} of the best validation; speed over the last log period
     save_s, save_stall_s    seconds that the last save took beside the training, and that training stood still for it
     trackers                {tracker: the id of its remote run}, with which a resumed run goes on there
+    changed                 what the latest start changes of the shipped recipe that it is made from, a line a field
     updated                 when all this was written (UTC); a `running` run whose record grows old was killed
     config                  the file beside it that holds the resolved config of the latest start
     starts                  one for each (re)start: time, step, reason, command, environment and resolved config
@@ -111,6 +112,7 @@ class Record:
             "best": before.get("best"),
             "images_per_s": None,
             "trackers": self.trackers,
+            "changed": [],
             "updated": None,
             "config": "config.yaml",
             "starts": [*before.get("starts", []), start],

@@ -117,7 +117,7 @@ class Validation:
         scale, table = state.config.arch.descriptor.scale, {}
         for name, (scores, pictures) in results.items():
             reference, reference_pictures = evaluate(
-                baseline(scale), config.sets[name], scale, state.accelerator, len(pictures)
+                baseline(scale), config.sets[name], scale, state.accelerator, len(pictures), metrics=config.metrics
             )
             table[name] = reference, scores
             if state.accelerator.is_main_process and pictures:
@@ -125,4 +125,5 @@ class Validation:
                 comparison_png(path, pictures, reference_pictures)
                 tracker.message(f"{name}: degraded | {'bicubic | ' if scale > 1 else ''}restored | clean in {path}")
         if state.accelerator.is_main_process:
-            tracker.console.print(results_table("bicubic" if scale > 1 else "degraded", table, state.contrast_share))
+            name, further = "bicubic" if scale > 1 else "degraded", [metric.label for metric in config.metrics]
+            tracker.console.print(results_table(name, table, state.contrast_share, further))

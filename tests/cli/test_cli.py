@@ -116,6 +116,43 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(folder, monkeypatch, capsy
     assert sorted(folder.rglob("*")) == before
 
 
+def test_evaluate_takes_the_further_metrics_of_a_config_over(folder, monkeypatch, capsys):
+    sets = {"Set3": {"source": {"format": "folders", "clean": str(folder / "Set3")}, "protocol": "sr"}}
+    sets["Set3"]["degradation"] = {"name": "bicubic", "scale": 2}
+    (folder / "own_metric.py").write_text("def brightness(restored, clean):\n    return restored.mean()\n")
+    monkeypatch.syspath_prepend(folder)
+    metric = {"name": "import", "target": "own_metric:brightness", "direction": "lower"}
+    validation = {"every": 1, "sets": sets, "metrics": [metric]}
+    config = write_config(folder / "config.yaml", tiny_config(folder, validation=validation))
+    command = ["evaluate", "--weights", folder / "a.safetensors", "--data", config, "--json", folder / "r.json"]
+    code, shown, _ = run(monkeypatch, capsys, *command)
+    assert (code, "BRIGHTNESS ↓" in shown) == (0, True)
+    assert "brightness" in json.loads((folder / "r.json").read_text())["results"]["Set3"]["a"]["mean"]
+    code, shown, _ = run(monkeypatch, capsys, *command, "--metrics", "none")
+    assert (code, "BRIGHTNESS" in shown) == (0, False)
+    other = validation | {"metrics": [metric | {"direction": "higher"}]}
+    sets["more"] = sets.pop("Set3")
+    second = write_config(folder / "other.yaml", tiny_config(folder, validation=other))
+    code, _, said = run(monkeypatch, capsys, *command[:-2], second)
+    assert (code, "the configs mean two metrics by brightness: say which with --metrics" in said) == (1, True)
+
+
+def test_train_says_what_is_not_as_in_the_recipe_and_what_would_use_all_gpus(tmp_path, monkeypatch, capsys):
+    values = tiny_config(tmp_path, name="quickstart", steps=1)
+    config = write_config(tmp_path / "config.yaml", values)
+    for name in ("WORLD_SIZE", "RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    code, shown, _ = run(monkeypatch, capsys, "train", config, "batch_size=2")
+    assert code == 0
+    assert "what is not as in configs/quickstart.yaml:\n" in shown
+    assert "\nbatch_size: 8 -> 2\n" in shown
+    assert f"--num_processes 2 -m mcir train {config} batch_size=2\n" in shown
+    record = json.loads((tmp_path / "runs/quickstart/run.json").read_text())
+    assert "batch_size: 8 -> 2" in record["changed"]
+    assert record["state"] == "finished"
+
+
 def test_networks_of_two_scales_are_not_compared(folder, monkeypatch, capsys):
     arch = ARCH | {"scale": 4}
     save_weights(folder / "c.safetensors", build(arch).state_dict(), {"arch": json.dumps(arch)})

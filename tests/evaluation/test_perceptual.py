@@ -9,9 +9,11 @@ import torch
 from torchvision import models
 
 from mcir.config import validate
+from mcir.data.decode import decode
+from mcir.data.sources import ParquetSource
 from mcir.errors import UserError
 from mcir.evaluation.config import ValidationConfig
-from mcir.evaluation.perceptual import DISTS, LPIPS, MSSSIM, ImportedMetric, measure, parse
+from mcir.evaluation.perceptual import DISTS, LPIPS, MSSSIM, NIQE, ImportedMetric, measure, parse
 from mcir.section import to_yaml
 from mcir.train.engine import build_engine
 from mcir.train.scores import load
@@ -100,6 +102,20 @@ def test_dists_is_torchmetrics_network(backbone, pair, monkeypatch):
     assert float(DISTS(weights=str(backbone("vgg16"))).build(CPU)(*pair)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_niqe_of_photographs_rises_with_blur_and_noise_and_needs_two_blocks():
+    """Photographs score 2 to 5, as published tables have of ground truth; the clean image plays no part."""
+    pytest.importorskip("iqa")
+    of, generator = NIQE().build(CPU), torch.Generator().manual_seed(0)
+    photographs = [decode(row.clean, row.key) for row in ParquetSource(path="configs/quickstart/heldout").open()]
+    for photograph in photographs[1:3]:
+        image = photograph[None].float() / 255
+        noisy = (image + 0.1 * torch.randn(image.shape, generator=generator)).clamp(0, 1)
+        clean, blurred, worst = (float(of(x, noisy)) for x in (image, torch.nn.AvgPool2d(5, 1, 2)(image), noisy))
+        assert 2 < clean < 5 < blurred < worst
+    with pytest.raises(ValueError, match="an image of 191 x 191 does not hold two blocks of 96 pixels"):
+        of(torch.rand(1, 3, 191, 191), torch.rand(1, 3, 191, 191))
+
+
 def test_metrics_see_what_a_file_would_hold(pair):
     seen = []
     measure({"spy": lambda restored, clean: seen.append(restored) or 1.0}, pair[0] * 1.5 - 0.2, pair[1])
@@ -120,7 +136,8 @@ def test_weights_have_two_ways_out(tmp_path, monkeypatch, backbone):
 
 def test_what_is_no_metric(tmp_path):
     assert parse(["ms_ssim", "{name: lpips, network: vgg}"]) == (MSSSIM(), LPIPS(network="vgg"))
-    with pytest.raises(UserError, match=r"--metrics lpsip: .*'ms_ssim', 'lpips', 'dists', 'import'"):
+    assert (parse([]), parse(["none"])) == (None, ())
+    with pytest.raises(UserError, match=r"--metrics lpsip: .*'ms_ssim', 'lpips', 'dists', 'niqe', 'import'"):
         parse(["lpsip"])
     with pytest.raises(UserError, match="no_such_module:f cannot be imported"):
         ImportedMetric(target="no_such_module:f", direction="lower").build(CPU)
@@ -135,13 +152,14 @@ def test_what_is_no_metric(tmp_path):
         validate(values, "test")
 
 
-def test_a_run_is_best_where_its_own_metric_is_lowest(tmp_path, monkeypatch):
+def test_a_run_is_best_where_its_own_metric_is_lowest(tmp_path, monkeypatch, capsys):
     """The user's function joins the scores, the checkpoint's metrics, and decides, by its direction."""
     (tmp_path / "own_metrics.py").write_text(
         "calls = []\n\ndef oddness(restored, clean):\n"
         "    assert restored.shape == clean.shape\n    calls.append(1)\n    return (len(calls) - 4) ** 2\n"
     )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
     source = {"format": "parquet", "path": str(write_dataset(tmp_path / "held", num_rows=1, num_shards=1))}
     sets = {"held": {"source": source, "degradation": {"name": "bicubic", "scale": 2}, "protocol": "sr"}}
     metric = {"name": "import", "target": "own_metrics:oddness", "direction": "lower"}
@@ -154,4 +172,7 @@ def test_a_run_is_best_where_its_own_metric_is_lowest(tmp_path, monkeypatch):
     assert [found[step]["held"].values["oddness"] for step in found] == [[9.0], [4.0], [1.0], [0.0], [1.0], [4.0]]
     assert engine.state.best == (0.0, "step-00000004")
     assert not math.isnan(found[6]["held"].mean()["psnr"])
+    table = capsys.readouterr().out.splitlines()[-6:]
+    assert "ODDNESS" in table[1]
+    assert "9.0000 -> 4.0000" in table[3]  # of bicubic, which is asked last, and of the network
     sys.modules.pop("own_metrics")
