@@ -88,8 +88,11 @@ def urls_at(place: str, suffix: str) -> list[str]:
 
 
 def is_of_the_network(error: Exception) -> bool:
-    """Whether an error of any file system is worth another attempt."""
+    """Whether an error of any file system is worth another attempt; Arrow's of a damaged file, an OSError without a
+    number, is not."""
     names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    if type(error) is OSError:
+        return error.errno is not None
     return bool(names & _PASSING) or (isinstance(error, OSError) and not isinstance(error, _FINAL))
 
 

@@ -32,6 +32,7 @@ def store(wire, monkeypatch):
     from s3fs import S3FileSystem
 
     monkeypatch.setattr(storage, "PAUSES_S", (0.01, 0.01))
+    monkeypatch.setattr(storage, "PATIENT_S", (0.01, 0.01))
     wire.num_cuts, wire.pause_s, wire.down = 0, 0.0, False
     return S3FileSystem()
 
@@ -116,6 +117,19 @@ def test_a_store_that_goes_away(store, wire, tmp_path, monkeypatch):
     assert failed[0].endswith("the network or the store fails: start again later to continue")
     with pytest.raises(UserError, match=r"^s3://bucket/away: the network or the store fails \(.*\); check the address"):
         ParquetSource(path="s3://bucket/away").open()
+
+
+def test_a_damaged_shard_is_not_asked_for_again(store, tmp_path, caplog):
+    file = write_dataset(tmp_path / "data", num_rows=8, num_shards=1, side=96) / "00000.parquet"
+    first = pq.read_metadata(file).row_group(0).column(1)
+    data = bytearray(file.read_bytes())
+    data[first.data_page_offset : first.data_page_offset + 40] = bytes(40)  # the page's header
+    store.pipe_file("bucket/damaged/00000.parquet", bytes(data))
+    units = ParquetSource(path="s3://bucket/damaged").open()
+    assert "cannot be read" in str(next(units.rows(0, 0)))
+    assert str(next(units.rows(0, 0))).endswith("copy or pack it again")
+    assert len([row for row in units.rows(1, 0) if not isinstance(row, UserError)]) == 4
+    assert "trying again" not in caplog.text
 
 
 def test_a_set_to_measure_on(store, tmp_path):
