@@ -1,7 +1,7 @@
-"""A step of this code against one of another checkout, each in a process of its own, in turns: EDSR-light x4, batch 2,
-crop 192, SPN with 4 negatives, on one thread.
+"""A step of this code against one of an earlier revision, each in a process of its own, in turns: EDSR-light x4, batch
+2, crop 192, SPN with 4 negatives, on one thread.
 
-    git worktree add /tmp/before REVISION; python -m tests.benchmarks.bench_before /tmp/before [--rounds 10]
+    python -m tests.benchmarks.bench_before REVISION [--rounds 10]
 
 Processor time is what a busy machine changes least."""
 
@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -23,22 +25,16 @@ def main() -> None:
     from tests.runs import tiny_config
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", type=Path)
+    parser.add_argument("revision")
     parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
-    before = subprocess.run(
-        ["git", "-C", str(arguments.checkout), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, worktree(arguments.revision, Path(folder) / "before") as before:
         values = tiny_config(Path(folder), arch={"name": "edsr", "scale": 4}, steps=1000)
         spn = {"weight": 1e-3, "features": {"weights": "random"}, "negatives": [{"update_every": 100}] * 4}
         values["objective"] = {"spn": spn}  # as both write it
         values["data"]["train"][0]["degradation"]["scale"] = 4
         config = write_config(Path(folder) / "config.yaml", values)
-        both = [_start(root, config) for root in (arguments.checkout.resolve(), ROOT)]
+        both = [_start(root, config) for root in (before, ROOT)]
         taken: list[list[tuple[float, float]]] = [[], []]
         for i in range(arguments.rounds + 1):
             for process, times in zip(both, taken, strict=True):
@@ -48,8 +44,15 @@ def main() -> None:
             process.communicate()
     wall, processor = ([statistics.median(t[kind] for t in times) for times in taken] for kind in (0, 1))
     print("| a step | ms | ratio | processor ms | ratio |\n|---|--:|--:|--:|--:|")
-    print(f"| {before} | {wall[0]:.0f} | 1.00 | {processor[0]:.0f} | 1.000 |")
+    print(f"| {arguments.revision} | {wall[0]:.0f} | 1.00 | {processor[0]:.0f} | 1.000 |")
     print(f"| now | {wall[1]:.0f} | {wall[1] / wall[0]:.2f} | {processor[1]:.0f} | {processor[1] / processor[0]:.3f} |")
+
+
+@contextmanager
+def worktree(revision: str, folder: Path) -> Iterator[Path]:
+    subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", folder, revision], check=True)
+    yield folder
+    subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", folder], check=True)
 
 
 def _start(root: Path, config: Path) -> subprocess.Popen[str]:
