@@ -4,7 +4,6 @@ Files are YAML 1.2, merged left to right; a mapping whose `name` or `format` cha
 are replaced whole. Every mistake, at every depth, is reported at once with its path. The resolved config loads back
 equal."""
 
-import difflib
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticUndefined
 
 from mcir.archs import AnyArch
@@ -20,12 +19,12 @@ from mcir.data.stages import Phase, Stage, phases
 from mcir.data.stream import DataConfig
 from mcir.errors import UserError
 from mcir.evaluation.config import MEAN, ValidationConfig
+from mcir.mistakes import explained
 from mcir.objective.objective import ObjectiveConfig
 from mcir.objective.pcl import PCLConfig
 from mcir.objective.ratio import RatioConfig
 from mcir.parallel.config import ComputeConfig
 from mcir.section import TAGS, PathText, Section, parse_yaml, to_yaml
-from mcir.storage import CredentialsInURL
 from mcir.train.config import CheckpointConfig, TrackingConfig, WatchConfig
 from mcir.train.optim import OptimConfig, Segments
 
@@ -161,10 +160,7 @@ def validate(values: Mapping[str, Any], name: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        # A list whose items are wrong is also reported as too short: that is no mistake of the user's.
-        faults = [f for f in error.errors() if f["type"] != "too_short" or len(f["input"]) < f["ctx"]["min_length"]]
-        lines = [line for fault in faults for line in _explain(fault, values)]
-        wrong = {_where(fault["loc"], values)[0] for fault in faults if fault["loc"]}
+        lines, wrong = explained(error, values, RunConfig)
         lines += _contradictions(_right_part(_without(values, wrong)), {place[0] for place in wrong}) if wrong else []
         lines = [f"  {line}" for line in dict.fromkeys(lines)]
         raise UserError(f"{name}: {len(lines)} mistake{'s' if len(lines) > 1 else ''}\n" + "\n".join(lines)) from None
@@ -241,84 +237,3 @@ def _index(node: list[Any], part: str, path: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
         raise UserError(f"{path}: {part} is no place in a list of {len(node)}")
     return int(part)
-
-
-def _explain(fault: Any, values: Mapping[str, Any]) -> list[str]:
-    """A line: the path as the user wrote it, what is wrong, what may be meant; several for contradictions."""
-    path, parent = _where(fault["loc"], values)
-    if not path and fault["type"] == "value_error":
-        return [str(line) for line in fault["ctx"]["error"].args]
-    return [_sentence(fault, ".".join(map(str, path)), parent)]
-
-
-def _where(loc: Sequence[Any], values: Mapping[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    """The keys as the user wrote them, and the annotation of what holds the last."""
-    path: list[Any] = []
-    node: Any = values
-    annotation: Any = RunConfig
-    parent = annotation
-    for part in loc:
-        if isinstance(part, int) and isinstance(node, Mapping):  # one entry given in place of a list
-            annotation, _ = _descend(annotation, part)
-            continue
-        inside = part in node if isinstance(node, Mapping) else isinstance(node, list) and isinstance(part, int)
-        parent, (annotation, is_tag) = annotation, _descend(annotation, part)
-        if is_tag and not inside:
-            continue  # a discriminator's value, which the user did not write as a key
-        path.append(part)
-        node = node[part] if inside else None
-    return tuple(path), parent
-
-
-def _sentence(fault: Any, where: str, parent: Any) -> str:
-    if fault["type"] == "extra_forbidden":
-        known = _fields_of(parent)
-        near = difflib.get_close_matches(where.rsplit(".", 1)[-1], known, n=1)
-        return f"{where}: no such field" + (
-            f", do you mean {near[0]}?" if near else f"; the fields are {', '.join(known)}"
-        )
-    if fault["type"] == "missing":
-        return f"{where}: required and not given"
-    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        tag = fault["ctx"]["discriminator"].strip("'")
-        if fault["type"] == "union_tag_not_found":
-            return f"{where}.{tag}: required and not given"
-        expected = [value.strip(" '") for value in fault["ctx"]["expected_tags"].split(",")]
-        near = difflib.get_close_matches(fault["ctx"]["tag"], expected, n=1)
-        meant = f", do you mean {near[0]}?" if near else ""
-        return f"{where}.{tag}: {fault['ctx']['tag']} is none of {', '.join(expected)}{meant}"
-    message = fault["msg"].removeprefix("Value error, ")
-    if isinstance(fault.get("ctx", {}).get("error"), CredentialsInURL):
-        return f"{where}: {message}"
-    return message if not where else f"{where}: {message} (given: {fault['input']!r})"
-
-
-def _fields_of(annotation: Any) -> list[str]:
-    models = [member for member in _members(annotation) if isinstance(member, type) and issubclass(member, BaseModel)]
-    return list(dict.fromkeys(name for model in models for name in model.model_fields))
-
-
-def _members(annotation: Any) -> list[Any]:
-    """The alternatives of an annotation, unions and Annotated unwrapped."""
-    origin = typing.get_origin(annotation)
-    if origin is Annotated:
-        return _members(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        return [member for alternative in typing.get_args(annotation) for member in _members(alternative)]
-    return [annotation]
-
-
-def _descend(annotation: Any, part: Any) -> tuple[Any, bool]:
-    """The annotation one step deeper, and whether the step was a discriminator's value instead of a key."""
-    for member in _members(annotation):
-        if isinstance(member, type) and issubclass(member, BaseModel):
-            if part in member.model_fields:
-                return member.model_fields[part].annotation, False
-            tags = (member.model_fields[tag].annotation for tag in TAGS if tag in member.model_fields)
-            if any(part in typing.get_args(tag) for tag in tags):
-                return member, True
-        elif typing.get_origin(member) in (tuple, list) and isinstance(part, int):
-            return typing.get_args(member)[0], False
-        elif typing.get_origin(member) is dict:
-            return typing.get_args(member)[1], False
-    return Any, False

@@ -290,6 +290,21 @@ def test_stages_change_crops_and_batches_and_nothing_of_the_order(folder, num_wo
         assert sorted(itertools.chain(*shares)) == sorted(batch)
 
 
+def test_a_chain_of_degradations_is_the_same_for_any_workers_and_after_a_resume(folder):
+    source = {"format": "parquet", "path": str(folder)}
+    chain = {"name": "chain", "scale": 2, "steps": "real_esrgan"}
+
+    def made(num_workers: int, start: int) -> list[tuple[list[str], bytes, bytes]]:
+        data = config(folder, train=[{"source": source, "degradation": chain}], num_workers=num_workers)
+        batches = islice(loader(data, position=4 * start), 9 - start)  # into the second epoch
+        return [(b.key, b.degraded.numpy().tobytes(), b.clean.numpy().tobytes()) for b in batches]
+
+    expected = made(0, 0)
+    assert len({degraded for _, degraded, _ in expected}) == 9
+    for num_workers, start in ((0, 3), (1, 0), (2, 0), (2, 3)):
+        assert made(num_workers, start) == expected[start:]
+
+
 @pytest.mark.parametrize("per", ["batch", "sample"])
 def test_mixup_blends_each_sample_with_the_one_before_it_in_its_place(folder, per):
     mixup = {"beta": 1.2, "after": 2, "per": per, "probability": 0.7}

@@ -257,11 +257,12 @@ def test_fp16_scales_its_loss_halves_the_scale_where_it_overflows_and_goes_on_ex
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_the_same(tmp_path):
-    """The weights move the same way. No negative starts as the target: SPN's gradient would be the signs of differences
-    that are 0 or, where compiled code rounds otherwise without gradients, noise. Nor are Adam's steps, with a large
-    eps, the signs of gradients that are noise."""
-    values = tiny_config(tmp_path, optim={"optimizer": {"name": "adam", "lr": 1e-3, "eps": 1e-3}})
+@pytest.mark.parametrize("stages", [[], STAGES], ids=["constant", "stages"])
+def test_compiled_blocks_train_the_same(tmp_path, stages):
+    """The weights move the same way, also where crops and batches change on the way. No negative starts as the target:
+    SPN's gradient would be the signs of differences that are 0 or, where compiled code rounds otherwise without
+    gradients, noise. Nor are Adam's steps, with a large eps, the signs of gradients that are noise."""
+    values = tiny_config(tmp_path, optim={"optimizer": {"name": "adam", "lr": 1e-3, "eps": 1e-3}}, stages=stages)
     values["objective"]["contrast"]["negatives"] = [
         {"update_every": 2, "decay": 0.5, "start": 0.1},
         {"update_every": 3, "start": 0.5},
