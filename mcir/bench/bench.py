@@ -26,6 +26,7 @@ from mcir.archs.base import images_of
 from mcir.bench.counts import count_flops, count_operators
 from mcir.config import RunConfig
 from mcir.data.loader import Batch
+from mcir.objective.objective import reduced
 from mcir.objective.reconstruction import Reconstruction
 from mcir.objective.spn import SPNConfig
 from mcir.parallel.accelerator import precision_of, strategy
@@ -139,8 +140,10 @@ class Reference:
         torch.backends.cudnn.allow_tf32 = True
         mean = torch.zeros((), device=batches[0].clean.device)
         for batch in batches:
-            restored = self.net(batch.degraded)
-            total = torch.stack([*self.reconstruction(restored, batch.clean).values()]).sum(0).mean()
+            restored, *others = images_of(self.net(batch.degraded))
+            total = torch.zeros((), device=batch.clean.device)
+            for image in (restored, *others):
+                total = total + sum(self.reconstruction(image, reduced(batch.clean, image)).values()).mean()
             for negative in self.negatives:
                 with torch.no_grad():
                     past = self._observe(negative(batch.degraded))

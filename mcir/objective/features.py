@@ -109,7 +109,7 @@ class Features(nn.Module):
 
 def _load(network: str, depth: int, weights: str) -> nn.Sequential:
     """The first `depth` layers of torchvision's network (`features` of a VGG, children of a resnet), with weights."""
-    ways_out = "set objective.contrast.features.weights to a file with torchvision's keys, or to `random`"
+    ways_out = "set it to a file with torchvision's keys, or to `random`"
     layers = _initial(network, depth)
     if weights == "random":
         return layers
@@ -121,7 +121,7 @@ def _load(network: str, depth: int, weights: str) -> nn.Sequential:
             state = torch.hub.load_state_dict_from_url(url, weights_only=True, progress=False)
         except Exception as error:
             raise UserError(
-                f"the ImageNet weights of {network} could not be downloaded ({error}): {ways_out}"
+                f"features.weights: the ImageNet weights of {network} could not be downloaded ({error}): {ways_out}"
             ) from error
     else:
         state = _read(Path(weights), ways_out)
@@ -132,7 +132,9 @@ def _load(network: str, depth: int, weights: str) -> nn.Sequential:
     wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     if missing or wrong:
         fault = f"has no {prefix}{missing[0]}" if missing else f"has another shape at {prefix}{wrong[0]}"
-        raise UserError(f"{weights} does not fit {network} up to layer {depth - 1}: it {fault}; {ways_out}")
+        raise UserError(
+            f"features.weights: {weights} does not fit {network} up to layer {depth - 1}: it {fault}; {ways_out}"
+        )
     layers.load_state_dict({key: state[key] for key in wanted}, strict=False)
     return layers
 
@@ -165,7 +167,6 @@ def _vgg(convs_per_stage: tuple[int, ...]) -> nn.Sequential:
 
 
 def _read(path: Path, ways_out: str) -> dict[str, Tensor]:
-    field = "objective.contrast.features.weights"
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -173,6 +174,6 @@ def _read(path: Path, ways_out: str) -> dict[str, Tensor]:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{field}: no file {path}; {ways_out}") from None
+        raise UserError(f"features.weights: no file {path}; {ways_out}") from None
     except Exception as error:
-        raise UserError(f"{field}: {path} cannot be read ({error}); {ways_out}") from error
+        raise UserError(f"features.weights: {path} cannot be read ({error}); {ways_out}") from error

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mcir.errors import below
 from mcir.objective.contrast import AgainstImages
 from mcir.objective.infonce import InfoNCEConfig
 from mcir.objective.pcl import PCL, PCLConfig
@@ -58,11 +59,13 @@ class Objective(nn.Module):
     def __init__(self, config: ObjectiveConfig, num_sources: int = 1) -> None:
         super().__init__()
         self.num_sources = num_sources
-        self.reconstruction = Reconstruction(config.reconstruction)
+        with below("objective"):
+            self.reconstruction = Reconstruction(config.reconstruction)
         self.config = (
             config.contrast if config.contrast and (config.contrast.roles or config.contrast.num_negatives) else None
         )
-        self.contrast = self.config.build() if self.config else None
+        with below("objective.contrast"):
+            self.contrast = self.config.build() if self.config else None
         self.weight = Weight(self.config.weight) if self.config else None
 
     def forward(

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mcir.errors import below
 from mcir.objective.features import FeaturesConfig
 from mcir.section import Section
 
@@ -168,10 +169,11 @@ class Reconstruction(nn.Module):
     def __init__(self, terms: Sequence[AnyReconstruction]) -> None:
         super().__init__()
         self.terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-        for term in terms:
+        for i, term in enumerate(terms):
             num_before = sum(other.name == term.name for other in terms[: len(self.terms)])
             name = f"{term.name}_{num_before + 1}" if num_before else term.name
-            self.terms[name] = term.build() if isinstance(term, Perceptual) else term
+            with below(f"reconstruction.{i}"):
+                self.terms[name] = term.build() if isinstance(term, Perceptual) else term
         self.features = nn.ModuleList(term for term in self.terms.values() if isinstance(term, nn.Module))
 
     def forward(self, restored: Tensor, clean: Tensor) -> dict[str, Tensor]:

@@ -83,6 +83,24 @@ def test_the_reference_step_has_the_engine_s_loss(config, tmp_path):
     assert torch.allclose(reference.step(batches)["total"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("outputs", ["Stages", "Scales"])
+def test_the_reference_step_knows_networks_of_several_outputs(tmp_path, outputs):
+    """MPRNet's stages and MIMO-UNet's scales, each compared with the clean image of its size."""
+    values = tiny_config(tmp_path)
+    result = "first" if outputs == "Stages" else "last"
+    values["arch"] = {"name": "import", "target": f"tests.standins:{outputs}", "arguments": {}, "result": result}
+    values["data"]["train"][0]["degradation"] = {"name": "noise"}
+    engine = open_engine(validate(values, "test"), str(tmp_path))
+    reference = Reference(engine)
+    reference.net.load_state_dict(engine.model.state_dict())
+    for own, negative in zip(reference.negatives, engine.negatives.nets, strict=True):
+        own.load_state_dict(negative.state_dict())
+    batches = [next(iter(engine.loader))]
+    assert len(reference.net(batches[0].degraded)) == 3
+    expected = engine.step(batches)["total"]
+    assert torch.allclose(reference.step(batches)["total"], expected, rtol=1e-5)
+
+
 def test_a_reference_that_does_not_fit_is_left_out(config, monkeypatch):
     def step(self, batches):
         raise torch.OutOfMemoryError("CUDA out of memory")

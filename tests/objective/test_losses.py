@@ -4,6 +4,7 @@ from torchvision.models import vgg16, vgg19
 
 from mcir.errors import UserError
 from mcir.objective.features import Features, tap_indices
+from mcir.objective.objective import Objective, ObjectiveConfig
 from mcir.objective.spn import SPN
 
 
@@ -51,6 +52,18 @@ def test_a_failed_download_names_both_ways_out(monkeypatch, tmp_path):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"could not be downloaded.*file with torchvision's keys, or to `random`"):
         Features("vgg16", {"relu1_1": 1.0}, "imagenet")
+
+
+def test_weights_that_cannot_be_had_are_named_with_the_field_that_asks_for_them(tmp_path):
+    asked = {"layers": {"relu1_1": 1.0}, "weights": str(tmp_path / "nowhere.pth")}
+    perceptual = [{"name": "l1"}, {"name": "perceptual", "features": asked}]
+    for objective, field in (
+        ({"contrast": {"name": "spn", "features": asked}}, r"objective\.contrast\.features\.weights: no file"),
+        ({"contrast": {"name": "infonce", "features": asked}}, r"objective\.contrast\.features\.weights: no file"),
+        ({"reconstruction": perceptual}, r"objective\.reconstruction\.1\.features\.weights: no file"),
+    ):
+        with pytest.raises(UserError, match=f"^{field}"):
+            Objective(ObjectiveConfig.model_validate(objective))
 
 
 def test_random_weights_are_the_same_everywhere():
