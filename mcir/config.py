@@ -4,6 +4,7 @@ Files are YAML 1.2, merged left to right; a mapping whose `name` or `format` cha
 are replaced whole. Every mistake, at every depth, is reported at once with its path. The resolved config loads back
 equal."""
 
+import math
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -81,6 +82,19 @@ class RunConfig(Section):
         if faults := _contradictions(self):
             raise ValueError(*faults)
         return self
+
+
+def require_shared(config: RunConfig, world_sizes: Sequence[int]) -> None:
+    """UserError unless each of these numbers of processes can share every micro-batch of the run equally."""
+    places = ["batch_size", *(f"stages.{i}.batch_size" for i in range(len(config.stages)))]
+    accumulate, faults = config.num_micro_batches, []
+    for place, phase in zip(places, config.phases, strict=True):
+        if unfit := [n for n in sorted(set(world_sizes)) if phase.batch_size % (accumulate * n)]:
+            batch = f"{phase.batch_size}" + (f" in {accumulate} micro-batches" if accumulate > 1 else "")
+            numbers, least = ", ".join(str(n) for n in unfit), accumulate * math.lcm(*world_sizes)
+            faults.append(f"{place}: {batch} cannot be shared equally by {numbers} processes; multiples of {least} can")
+    if faults:
+        raise UserError("\n".join(faults))
 
 
 def _contradictions(run: Any, unsure: Collection[str] = ()) -> list[str]:

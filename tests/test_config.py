@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mcir.config import RunConfig, dump, load, validate
+from mcir.config import RunConfig, dump, load, require_shared, validate
 from mcir.data.stream import SampleStream
 from mcir.errors import UserError
 from mcir.evaluation.evaluate import try_first
@@ -154,6 +154,18 @@ def test_stages_that_cannot_be(tmp_path):
     assert "stages.1.batch_size: 3 is no multiple of accumulate, 2" in text
     assert "stages.1.after: 3, and it should begin after step 3 and before the last, 6" in text
     assert "stages.2.after: 6, and it should begin after step 3 and before the last, 6" in text
+
+
+def test_numbers_of_processes_that_cannot_share_a_batch_are_named(tmp_path):
+    stages = [{"after": 3, "crop_size": 16, "batch_size": 12}]
+    config = validate(tiny_config(tmp_path, batch_size=24, stages=stages, accumulate=2), "staged")
+    require_shared(config, [1, 2, 3, 6])
+    with pytest.raises(UserError) as error:
+        require_shared(config, [6, 4, 5, 4])
+    assert str(error.value).splitlines() == [
+        "batch_size: 24 in 2 micro-batches cannot be shared equally by 5 processes; multiples of 120 can",
+        "stages.0.batch_size: 12 in 2 micro-batches cannot be shared equally by 4, 5 processes; multiples of 120 can",
+    ]
 
 
 def test_a_contrast_that_needs_what_the_run_has_not(tmp_path):

@@ -65,15 +65,17 @@ def train(
         typer.Option("--dry-run", help="Print the resolved config and what each process would hold; start nothing."),
     ] = False,
     processes: Annotated[
-        int | None,
+        list[int],
         typer.Option(
-            min=1, help="With --dry-run: the number of processes to plan for; by default the launcher's, or 2."
+            min=1,
+            help="With --dry-run: the number of processes to plan for; by default the launcher's, or 2. Again for each "
+            "further one that there may be: all must be able to share the batches, and the plan is for the fewest.",
         ),
-    ] = None,
+    ] = [],  # noqa: B006
 ) -> None:
     """Train a network. Use `accelerate launch --config_file launch/accelerate/NAME.yaml -m mcir train …` for
     several processes."""
-    from mcir.config import dump, load
+    from mcir.config import dump, load, require_shared
 
     files, overrides = split(configs)
     config = load(files, overrides)
@@ -82,9 +84,10 @@ def train(
 
         from mcir.train.memory import table
 
+        require_shared(config, processes)
         if int(os.environ.get("RANK", "0")) == 0:
             print(dump(config), end="")
-            Console().print(table(config, processes or int(os.environ.get("WORLD_SIZE", "2"))))
+            Console().print(table(config, min(processes or [int(os.environ.get("WORLD_SIZE", "2"))])))
         return
     import torch
 

@@ -213,7 +213,8 @@ def _require_deepspeed() -> None:
 
 
 def _parallelism(world_size: int) -> ParallelismConfig | None:
-    """HSDP's two sizes, where the launch file has them: sharded inside a group, replicated between the groups.
+    """HSDP's two sizes, where the launch file has them: sharded inside a group, replicated between the groups. Of
+    a range of nodes there are as many replicas as there are processes for now.
 
     Accelerate's constructor would read them itself, and refuse CPU processes before they are promoted."""
     if os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
@@ -222,6 +223,9 @@ def _parallelism(world_size: int) -> ParallelismConfig | None:
     replicate, shard = parallelism.dp_replicate_size, parallelism.dp_shard_size
     if parallelism.total_size != replicate * shard or shard == 1:
         raise UserError("parallelism_config: there is dp_shard_size (at least 2) and dp_replicate_size, nothing else")
+    if ":" in os.environ.get("PET_NNODES", "") and world_size % shard == 0:
+        replicate = world_size // shard
+        parallelism = ParallelismConfig(dp_replicate_size=replicate, dp_shard_size=shard)
     if replicate * shard != world_size:
         raise UserError(
             f"parallelism_config: {replicate} replicas of {shard} shards are {replicate * shard} processes, and "

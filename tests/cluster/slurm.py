@@ -3,9 +3,11 @@ one folder. Needs root and Debian's slurm-wlm and munge; no systemd. It may have
 are, and its first job has another number in each test run: the number tells which processes and port are the job's."""
 
 import os
+import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 TOOLS = ("slurmctld", "slurmd", "munged", "mungekey", "sbatch", "srun", "scontrol", "scancel", "squeue")
@@ -83,8 +85,28 @@ class Slurm:
         self._start("slurmctld", "-D", "-c", "-f", str(self.config))
         for node in ("n1", "n2"):
             self._start("slurmd", "-D", "-f", str(self.config), "-N", node)
+        self._wait_for_nodes("2 idle")
+
+    def _wait_for_nodes(self, states: str) -> None:
         nodes = ("sinfo", "--noheader", "--partition=normal", "--format=%D %t")
-        _wait_for(lambda: self.run(*nodes).strip() == "2 idle", "two nodes")
+        _wait_for(lambda: self.run(*nodes).strip() == states, states)
+
+    def cut_power(self, node: str) -> None:
+        """All that runs on a node ends at once, and Slurm has found out that it is gone."""
+        processes = _processes()
+        tasks = {pid for pid, (_, variables) in processes.items() if f"SLURMD_NODENAME={node}".encode() in variables}
+        steps = {parent for parent, _ in (processes[pid] for pid in tasks)} - {1, os.getpid()}
+        (daemon,) = (daemon for daemon in self._daemons if daemon.args[-1] == node)
+        self._daemons.remove(daemon)
+        for pid in (daemon.pid, *steps, *tasks):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        daemon.wait()
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=power")
+
+    def bring_back(self, node: str) -> None:
+        self._start("slurmd", "-D", "-f", str(self.config), "-N", node)
+        self.run("scontrol", "update", f"nodename={node}", "state=resume")
 
     def __exit__(self, *_: object) -> None:
         jobs = ("squeue", "--noheader", "--format=%A")
@@ -127,6 +149,17 @@ class Slurm:
 
     def _environment(self) -> dict[str, str]:
         return os.environ | {"SLURM_CONF": str(self.config), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+
+
+def _processes() -> dict[int, tuple[int, list[bytes]]]:
+    """Parent and environment of each process."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit():
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                found[int(entry.name)] = int(parent), (entry / "environ").read_bytes().split(b"\0")
+    return found
 
 
 def _free_ports(number: int) -> list[int]:

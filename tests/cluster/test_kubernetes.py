@@ -16,7 +16,7 @@ from tests.distributed.launch import ROOT
 pytestmark = pytest.mark.cluster
 
 FOLDER = ROOT / "launch" / "kubernetes"
-VARIANTS = ["trainjob", "jobset", "overlays/trainjob-2x8", "overlays/jobset-2x8"]
+VARIANTS = ["trainjob", "jobset", *(f"overlays/{name}" for name in ("trainjob-2x8", "jobset-2x8", "jobset-elastic"))]
 
 
 @cache
@@ -125,6 +125,15 @@ def test_the_overlays_change_nodes_and_gpus_everywhere():
     variables = {variable["name"]: variable.get("value") for variable in container["env"]}
     assert (job["completions"], job["parallelism"], variables["PET_NNODES"]) == (2, 2, "2")
     assert (container["resources"]["limits"]["nvidia.com/gpu"], variables["PET_NPROC_PER_NODE"]) == ("8", "8")
+
+
+def test_the_elastic_overlay_replaces_a_lost_pod_alone():
+    job = manifests("overlays/jobset-elastic")["JobSet"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert (job["completions"], job["parallelism"], variables["PET_NNODES"]) == (2, 2, "1:2")
+    assert [rule["action"] for rule in job["podFailurePolicy"]["rules"]] == ["Ignore"]
+    assert job["backoffLimit"] > 0
 
 
 def test_shellcheck_finds_nothing():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,9 @@ def slurm(tmp_path_factory):
 class Job:
     """train.sbatch, submitted to both nodes."""
 
-    def __init__(self, slurm: Slurm, folder: Path, *arguments: str, **variables: str) -> None:
+    def __init__(
+        self, slurm: Slurm, folder: Path, *arguments: str, options: Sequence[str] = (), **variables: str
+    ) -> None:
         self.slurm, self.output, self.run_dir = slurm, folder / "job.out", folder / "runs" / "job"
         ours = {"NAME": "job", "RUNS_DIR": str(folder / "runs"), "LAUNCH": "fsdp2_cpu", "GPUS_PER_NODE": "1"}
         ours |= {
@@ -45,8 +48,10 @@ class Job:
             "TIMEOUT_S": "120",
             "GRACE_S": "20",
         }
-        options = ["--parsable", "--nodes=2", "--partition=normal", f"--chdir={ROOT}", f"--output={self.output}"]
-        self.id = slurm.run("sbatch", *options, str(SCRIPT), *arguments, **environment() | ours | variables).strip()
+        options = ["--parsable", "--nodes=2", f"--chdir={ROOT}", f"--output={self.output}", *options]
+        self.id = slurm.run(
+            "sbatch", "--partition=normal", *options, str(SCRIPT), *arguments, **environment() | ours | variables
+        ).strip()
         assert self.id.isdigit(), self.id
 
     def show(self, field: str) -> str:
@@ -139,6 +144,30 @@ def test_preempted_crashed_and_out_of_time_it_ends_with_the_weights_of_an_undist
     assert expected.keys() == got.keys()
     assert len({key.split()[0] for key in got}) == 5  # model, ema, negatives and two shares of the moments
     assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_a_lost_node_is_done_without_and_there_again_after_a_requeue(slurm, tmp_path):
+    values = tiny_config(tmp_path, steps=100_000, checkpoint={"every": 20}, tracking={"log_every": 1})
+    config = write_config(tmp_path / "config.yaml", values)
+    job = Job(slurm, tmp_path, str(config), options=["--no-kill"], MIN_NODES="1", TIMEOUT_S="30")
+    job.wait_for_start(1, steps=30)
+    slurm.cut_power("n2")
+    try:
+        job.wait_for_start(2)
+        assert job.state() == "RUNNING"
+        assert job.show("NodeList") == "n1"
+    finally:
+        slurm.bring_back("n2")
+    slurm.run("scancel", "--signal=USR1", "--batch", job.id)
+    job.start_again(1)
+    job.wait_for_start(3)
+    starts = job.record()["starts"]
+    slurm.run("scancel", job.id)
+    assert [start["environment"]["world_size"] for start in starts] == [2, 1, 2]
+    assert starts[1]["step"] >= 20
+    assert starts[1]["step"] % 20 == 0
+    assert starts[2]["reason"] == "it was preempted"
+    assert not (job.run_dir / "crashes.txt").exists()
 
 
 def test_a_run_that_always_crashes_is_requeued_so_often_and_no_more(slurm, tmp_path):

@@ -1,20 +1,17 @@
 """Two hosts, each a network namespace with one process, FSDP2 over gloo, started as the pods of a cluster: what happens
 when a worker dies, a host dies, or the cable between them is pulled."""
 
-import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from mcir.train.checkpoint import damage
-from tests.cluster.tools import end_leftovers, lacking, needs_root, tool
-from tests.distributed.launch import ROOT, environment, write_config
+from tests.cluster.hosts import Host, two_hosts, wait_for
+from tests.distributed.launch import write_config
 from tests.runs import tiny_config
 
 pytestmark = pytest.mark.cluster
@@ -22,94 +19,27 @@ pytestmark = pytest.mark.cluster
 TIMEOUT_S, JOIN_TIMEOUT_S = 15, 30
 
 
-def ip(*arguments: str, check: bool = True) -> str:
-    return subprocess.run([tool("ip"), *arguments], check=check, capture_output=True, text=True).stdout
-
-
-class Host:
-    """A network namespace with one address; what was started in it dies with it."""
-
-    def __init__(self, name: str, address: str) -> None:
-        self.name, self.address, self.device = f"mcir{name}{os.getpid()}", address, f"v{name}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def make(self) -> None:
-        ip("netns", "delete", self.name, check=False)
-        ip("netns", "add", self.name)
-        ip("-n", self.name, "link", "set", "lo", "up")
-
-    def launch(self, rank: int, first: "Host", log: Path, max_restarts: int, *arguments: str) -> None:
-        pet = {"NNODES": 2, "NODE_RANK": rank, "NPROC_PER_NODE": 1, "MASTER_ADDR": first.address, "MASTER_PORT": 29500}
-        ours = {f"PET_{name}": str(value) for name, value in pet.items()}
-        ours |= {"PET_LOCAL_ADDR": self.address, "GLOO_SOCKET_IFNAME": self.device, "LAUNCH": "fsdp2_cpu"}
-        ours |= {"MAX_RESTARTS": str(max_restarts), "JOIN_TIMEOUT_S": str(JOIN_TIMEOUT_S)}
-        ours |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        self.process = subprocess.Popen(
-            [tool("ip"), "netns", "exec", self.name, "bash", "launch/kubernetes/start.sh", *arguments],
-            cwd=ROOT,
-            env=environment() | ours,
-            stdout=log.open("ab"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def pids(self) -> list[int]:
-        return [int(pid) for pid in ip("netns", "pids", self.name, check=False).split()]
-
-    def worker(self) -> int:
-        """The process that trains: it alone has RANK in its environment."""
-        for pid in self.pids():
-            with contextlib.suppress(OSError):
-                if any(v.startswith(b"RANK=") for v in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")):
-                    return pid
-        raise AssertionError(f"no worker on {self.name}")
-
-    def kill(self) -> None:
-        """As a power cut: all processes at once."""
-        for pid in self.pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if self.process:
-            self.process.wait()
-
-    def remove(self) -> None:
-        self.kill()
-        ip("netns", "delete", self.name, check=False)
-
-
 class Pair:
     """Two hosts with a cable between them, and a run on both."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.run_dir = folder, folder / "runs" / "tiny"
+    def __init__(self, folder: Path, hosts: tuple[Host, Host]) -> None:
+        self.folder, self.hosts, self.run_dir = folder, hosts, folder / "runs" / "tiny"
         values = tiny_config(folder, steps=100_000, checkpoint={"every": 10}, tracking={"log_every": 1})
         self.config = write_config(folder / "config.yaml", values | {"compute": {"timeout_s": TIMEOUT_S}})
-        self.hosts = [Host("a", "10.77.0.1"), Host("b", "10.77.0.2")]
-
-    def connect(self) -> None:
-        for host in self.hosts:
-            host.make()
-        a, b = self.hosts
-        ip("link", "add", a.device, "netns", a.name, "type", "veth", "peer", "name", b.device, "netns", b.name)
-        for host in self.hosts:
-            ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.device)
-            ip("-n", host.name, "link", "set", host.device, "up")
 
     def launch(self, *overrides: str, max_restarts: int = 0) -> None:
         for rank, host in enumerate(self.hosts):
             log = self.folder / f"host{rank}.log"
-            host.launch(rank, self.hosts[0], log, max_restarts, str(self.config), *overrides)
+            variables = {"LAUNCH": "fsdp2_cpu", "JOIN_TIMEOUT_S": str(JOIN_TIMEOUT_S)}
+            variables |= {"MAX_RESTARTS": str(max_restarts)}
+            host.launch(rank, self.hosts[0], log, str(self.config), *overrides, **variables)
 
     def record(self) -> dict:
         file = self.run_dir / "run.json"
         return json.loads(file.read_text()) if file.exists() else {"starts": [], "step": 0}
 
     def wait_for(self, condition, what: str, timeout: float = 300) -> None:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            logs = "\n".join(file.read_text()[-2000:] for file in sorted(self.folder.glob("host*.log")))
-            assert time.monotonic() < deadline, f"not in {timeout} s: {what}\n{logs}"
-            time.sleep(0.1)
+        wait_for(condition, what, self.folder, timeout)
 
     def wait_for_steps(self, start: int) -> None:
         """Until the run has saved a checkpoint and gone on after its start of this number."""
@@ -144,19 +74,8 @@ class Pair:
 
 @pytest.fixture
 def pair(tmp_path):
-    tool("ip")
-    needs_root()
-    end_leftovers()
-    made = Pair(tmp_path)
-    try:
-        try:
-            made.connect()
-        except subprocess.CalledProcessError as error:
-            lacking(f"needs the right to make network namespaces: {error.stderr.strip()}")
-        yield made
-    finally:
-        for host in made.hosts:
-            host.remove()
+    with two_hosts() as hosts:
+        yield Pair(tmp_path, hosts)
 
 
 def test_a_dead_worker_is_restarted_and_all_go_on_from_the_last_checkpoint(pair):
@@ -182,7 +101,7 @@ def test_a_dead_host_ends_the_run_which_goes_on_when_it_is_started_again(pair):
 def test_a_pulled_cable_ends_the_run_within_the_timeout(pair):
     pair.launch()
     pair.wait_for_steps(1)
-    ip("-n", pair.hosts[0].name, "link", "set", pair.hosts[0].device, "down")
+    pair.hosts[0].cable("down")
     workers = [host.worker() for host in pair.hosts]
     begun = time.monotonic()
     pair.wait_for(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in workers), "the end of both workers", 120)
@@ -192,5 +111,5 @@ def test_a_pulled_cable_ends_the_run_within_the_timeout(pair):
     # The other launcher, whose store is behind the cable, waits for its kernel to give the connection up: a quarter of
     # an hour. A scheduler ends it, as it ends whatever is left of a job.
     cut_off.kill()
-    ip("-n", pair.hosts[0].name, "link", "set", pair.hosts[0].device, "up")
+    pair.hosts[0].cable("up")
     pair.start_again_and_finish()

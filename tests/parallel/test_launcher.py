@@ -24,3 +24,13 @@ def test_a_multi_cpu_file_that_starts_one_process_is_refused(monkeypatch):
     launched(monkeypatch, ACCELERATE_MIXED_PRECISION="no", ACCELERATE_USE_CPU="True", MASTER_ADDR="127.0.0.1")
     with pytest.raises(UserError, match=r"asks for several processes.*starts one"):
         build_accelerator()
+
+
+def test_shards_that_the_processes_cannot_make_are_refused(monkeypatch):
+    """Also of a range of nodes, where the number of replicas follows that of the processes."""
+    sizes = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}
+    sizes |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+    for nodes, world_size in (("1", "4"), ("1:2", "6")):
+        launched(monkeypatch, CUDA_VISIBLE_DEVICES="-1", PET_NNODES=nodes, WORLD_SIZE=world_size, **sizes)
+        with pytest.raises(UserError, match=f"2 replicas of 4 shards are 8 processes, and {world_size} were started"):
+            build_accelerator(batch_size=int(world_size))
