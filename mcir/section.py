@@ -64,6 +64,14 @@ def to_yaml(values: Any) -> str:
     return text.getvalue()
 
 
+def to_line(value: Any) -> str:
+    """A plain value as one line of YAML in the flow style, `{name: edsr, scale: 2}`."""
+    text, yaml = io.StringIO(), _yaml()
+    yaml.default_flow_style, yaml.width = True, 2**31
+    yaml.dump(value, text)
+    return text.getvalue().removesuffix("...\n").strip()
+
+
 def _yaml() -> YAML:
     yaml = YAML(typ="safe", pure=True)  # YAML 1.2: `no` is a string, 1e-4 a number, a duplicate key an error
     yaml.default_flow_style = False

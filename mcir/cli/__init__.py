@@ -3,13 +3,14 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from mcir.cli.arguments import Configs, ManyValues, split
+from mcir.cli.arguments import Configs, ManyValues, kind_of, split, tile_of
 from mcir.cli.config import app as config_app
 from mcir.cli.data import app as data_app
+from mcir.cli.init import init
 from mcir.cli.study import study
 from mcir.errors import UserError
 
@@ -17,6 +18,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.command(cls=ManyValues)(study)
+app.command()(init)
 
 WeightsKind = Annotated[
     str | None,
@@ -165,8 +167,8 @@ def evaluate(
     from mcir.weights.trained import open_trained
 
     accelerator = build_accelerator(batch_size=int(os.environ.get("WORLD_SIZE", "1")))
-    networks = open_trained(weights, _kind(weights_kind), arch, allow_import, accelerator)
-    options = Options(_tile(tile), overlap, ensemble)
+    networks = open_trained(weights, kind_of(weights_kind), arch, allow_import, accelerator)
+    options = Options(tile_of(tile), overlap, ensemble)
     outputs = Outputs(json, csv, plot, save_images, divergence)
     report = measure(
         networks,
@@ -208,7 +210,7 @@ def restore(
     from mcir.restoration.restore import restore as restore_pictures
     from mcir.weights.trained import open_trained
 
-    network = open_trained([weights], _kind(weights_kind), arch, allow_import)[0]
+    network = open_trained([weights], kind_of(weights_kind), arch, allow_import)[0]
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     failures = restore_pictures(
         inputs,
@@ -217,7 +219,7 @@ def restore(
         output,
         device=device,
         overwrite=overwrite,
-        tile=_tile(tile),
+        tile=tile_of(tile),
         overlap=overlap,
         ensemble=ensemble,
     )
@@ -292,20 +294,6 @@ def runs(
         Console().print(table(records))
 
 
-def _tile(text: str | None) -> Any:
-    if text is None or text == "auto":
-        return text
-    if not text.isdigit():
-        raise UserError(f"--tile {text}: give a number of pixels or auto")
-    return int(text)
-
-
-def _kind(text: str | None) -> Any:
-    if text not in (None, "ema", "target"):
-        raise UserError(f"--weights-kind {text}: give ema or target")
-    return text
-
-
 @app.command()
 def export(
     weights: Annotated[
@@ -338,7 +326,7 @@ def export(
         raise UserError("--repo owner/name goes with --to hub, and so do --private and --revision")
     if licence and to not in ("hub", "hub-folder"):
         raise UserError("--license goes with --to hub and hub-folder, which write a card")
-    trained = open_trained([weights], _kind(weights_kind), arch, allow_import)[0]
+    trained = open_trained([weights], kind_of(weights_kind), arch, allow_import)[0]
     pictures = samples(trained, torch.device("cpu")) if to in ("hub", "hub-folder") else None
     if repo:
         print(publish(trained, repo, private, revision, output, pictures, licence))

@@ -37,3 +37,17 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     if not files:
         raise UserError("name at least one config file, such as configs/quickstart.yaml")
     return files, [argument for argument in arguments if "=" in argument]
+
+
+def tile_of(text: str | None) -> Any:
+    if text is None or text == "auto":
+        return text
+    if not text.isdigit():
+        raise UserError(f"--tile {text}: give a number of pixels or auto")
+    return int(text)
+
+
+def kind_of(text: str | None) -> Any:
+    if text not in (None, "ema", "target"):
+        raise UserError(f"--weights-kind {text}: give ema or target")
+    return text

@@ -107,7 +107,7 @@ def read_place(place: str, scale: int) -> list[tuple[str, dict[str, Any], Any]]:
     if clean and not path.exists():
         if not given:
             raise UserError(f"--data {place}: give the pair of folders a name, NAME=CLEAN,DEGRADED")
-        return [(given, {"source": _pair(Path(clean), Path(degraded))}, None)]
+        return [(given, {"source": pair_source(Path(clean), Path(degraded))}, None)]
     source: dict[str, Any] = {"format": "parquet", "path": str(path)}
     if path.is_dir():
         if files_below(path, [".tar"]):
@@ -121,14 +121,14 @@ def read_place(place: str, scale: int) -> list[tuple[str, dict[str, Any], Any]]:
     return [(given or path.resolve().stem, {"source": source}, None)]
 
 
-def _pair(clean: Path, degraded: Path) -> dict[str, Any]:
+def pair_source(clean: Path, degraded: Path) -> dict[str, Any]:
     """Two folders; where their names differ by a pattern that pairs all of them, by that."""
     source = {"format": "folders", "clean": str(clean), "degraded": str(degraded)}
     if clean.is_dir() and degraded.is_dir():
         faults: list[Fault] = []
         halves = [images_below(folder, faults, LeftOut()) for folder in (clean, degraded)]
         if not faults and halves[0].keys() != halves[1].keys() and (guess := guess_patterns(*halves)):
-            source |= {"pattern": guess[0], "clean_pattern": guess[1]}
+            source |= {"pattern": guess[0]} | ({"clean_pattern": guess[1]} if guess[1] != "{key}" else {})
     return source
 
 
