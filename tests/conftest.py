@@ -1,5 +1,8 @@
-"""What tests need of their surroundings: the shared data, a GPU, a process that computes in no precision yet."""
+"""What tests need of their surroundings: the shared data, a GPU, a process that computes in no precision yet, and a
+checkout in which they leave nothing behind."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -8,12 +11,24 @@ from accelerate.state import AcceleratorState
 
 from tests.golden import SHARED
 
+CHECKOUT = Path(__file__).parents[1]
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "mcir-hypothesis"))
+
 
 @pytest.fixture
 def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("no shared/data beside this checkout (set MCIR_SHARED)")
     return SHARED / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_in_the_checkout():
+    """The caches of pytest and of the tools apart."""
+    before = set(os.listdir(CHECKOUT))
+    yield
+    left = {name for name in set(os.listdir(CHECKOUT)) - before if "cache" not in name}
+    assert not left, f"the tests left {', '.join(sorted(left))} in {CHECKOUT}"
 
 
 @pytest.fixture(autouse=True)
