@@ -1,10 +1,13 @@
-"""What the pages and scripts for clusters name is there: files, paths in commands, versions. Needs no tools."""
+"""What the pages and scripts for clusters name is there: files, paths in commands, versions. All but shellcheck's needs
+no tools."""
 
 import re
+import subprocess
 import tomllib
 
 import pytest
 
+from tests.cluster.tools import tool
 from tests.distributed.launch import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "launch" / "README.md"]
@@ -47,5 +50,14 @@ def test_the_image_takes_every_dependency_at_its_version_in_the_lock():
     assert "--constraint requirements.lock" in re.sub(" +", " ", install)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = project["dependencies"] + project["optional-dependencies"]["deepspeed"]
-    names = {re.split(r"[<>=!~\[; ]", requirement)[0].replace(".", "-") for requirement in asked}
+    names = {re.sub("[._]", "-", re.split(r"[<>=!~\[; ]", requirement)[0]) for requirement in asked}
     assert names <= set(re.findall(r"^([\w-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+
+
+@pytest.mark.cluster
+def test_shellcheck_finds_nothing():
+    files = [path for folder in (".ci", "docker", "launch", "tests") for path in (ROOT / folder).rglob("*")]
+    scripts = [path for path in files if path.is_file() and path.read_bytes().startswith(b"#!/usr/bin/env bash")]
+    assert {path.name for path in scripts} >= {"start.sh", "train.sbatch", "install.sh", "run"}
+    done = subprocess.run([tool("shellcheck"), *map(str, scripts)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

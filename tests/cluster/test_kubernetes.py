@@ -134,9 +134,3 @@ def test_the_elastic_overlay_replaces_a_lost_pod_alone():
     assert (job["completions"], job["parallelism"], variables["PET_NNODES"]) == (2, 2, "1:2")
     assert [rule["action"] for rule in job["podFailurePolicy"]["rules"]] == ["Ignore"]
     assert job["backoffLimit"] > 0
-
-
-def test_shellcheck_finds_nothing():
-    scripts = [str(FOLDER / "start.sh"), str(ROOT / "tests" / "cluster" / "install.sh")]
-    done = subprocess.run([tool("shellcheck"), *scripts], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout

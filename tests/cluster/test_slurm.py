@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -211,8 +210,3 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, tmp_path):
     assert saved[-1].name == f"step-{job.record()['step']:08d}"
     time.sleep(3)
     assert job.state() == "CANCELLED"
-
-
-def test_shellcheck_finds_nothing():
-    done = subprocess.run([tool("shellcheck"), str(SCRIPT)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
