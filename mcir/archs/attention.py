@@ -22,7 +22,13 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """With every product's short side, the D features, in its rows: MKL takes four times as long for a result of
     N x 10 as for one of 10 x N. The fused kernel of the CPU knows no gradient of the bias."""
     q, k, v = (t.mT.contiguous() for t in (q * q.shape[-1] ** -0.5, k, v))
-    return _Attention.apply(q, k, v, bias).mT
+    if torch.is_grad_enabled():
+        return _Attention.apply(q, k, v, bias).mT
+    return (v @ _probabilities(q, k, bias).to(v.dtype).mT).mT  # also under torch.vmap
+
+
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    return (q.mT @ k).float().add_(bias).softmax(-1)
 
 
 class _Attention(torch.autograd.Function):
@@ -30,7 +36,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        probabilities = (q.mT @ k).float().add_(bias).softmax(-1)
+        probabilities = _probabilities(q, k, bias)
         ctx.save_for_backward(q, k, v, probabilities)
         ctx.bias_shape, ctx.bias_dtype = bias.shape, bias.dtype
         return v @ probabilities.to(v.dtype).mT

@@ -27,5 +27,8 @@ class ComputeConfig(Section):
     cudnn_benchmark: bool = False
     """Whether cuDNN times its algorithms on the first steps and takes the fastest (GPUs). Another start may choose
     another one, so resuming is then no longer exact to the bit."""
+    stack_negatives: bool = False
+    """Whether the K negatives compute as one network with K weights (torch.vmap): fewer and larger launches on a GPU,
+    for a network that is small enough to wait for them."""
     timeout_s: PositiveInt = 1800
     """A collective that a peer has not reached after so long ends the run."""

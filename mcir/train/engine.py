@@ -111,6 +111,8 @@ class Engine:
         decay, warmup = config.ema_decay, config.ema_warmup
         self.ema = EMA(accelerator, self.model, self.optimizer, decay, warmup) if decay else None
         self.negatives.sync(accelerator, self.model, self.ema.full if self.ema else None)
+        if config.compute.stack_negatives:
+            self.negatives.stack()
         # features and an embedding with random weights: other CPUs may draw other last digits
         broadcast_from_first(accelerator, [*self.objective.parameters(), *self.objective.buffers()])
         self.loader = Loader(

@@ -42,6 +42,7 @@ if not ON_GPU:
 SETTINGS = {  # of a step of each network, the most telling first
     "bf16": ["compute.precision=bf16"],
     "bf16, cudnn.benchmark": ["compute.precision=bf16", "compute.cudnn_benchmark=true"],
+    "bf16, stacked negatives": ["compute.precision=bf16", "compute.stack_negatives=true"],
     "tf32": ["compute.precision=tf32"],
     "fp32": ["compute.precision=fp32"],
 }
