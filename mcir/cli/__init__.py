@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mcir.cli.arguments import Configs, ManyValues, kind_of, split, tile_of
+from mcir.cli.arguments import Configs, ManyValues, MaxPixels, kind_of, split, tile_of
 from mcir.cli.config import app as config_app
 from mcir.cli.data import app as data_app
 from mcir.cli.init import init
@@ -74,6 +74,7 @@ def train(
             "further one that there may be: all must be able to share the batches, and the plan is for the fewest.",
         ),
     ] = [],  # noqa: B006
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Train a network. Use `accelerate launch --config_file launch/accelerate/NAME.yaml -m mcir train …` for
     several processes."""
@@ -157,6 +158,7 @@ def evaluate(
     tile: Annotated[str | None, typer.Option(metavar="N|auto", help="Side of tiles; by default whole images.")] = None,
     overlap: Overlap = None,
     ensemble: Ensemble = False,
+    max_pixels: MaxPixels = None,
     allow_import: AllowImport = False,
 ) -> None:
     """Measure PSNR and SSIM as the papers do, and further metrics. Under `accelerate launch` processes share
@@ -202,6 +204,7 @@ def restore(
     ] = "auto",
     overlap: Overlap = None,
     ensemble: Ensemble = False,
+    max_pixels: MaxPixels = None,
     allow_import: AllowImport = False,
 ) -> None:
     """Restore pictures; formats, bit depth, alpha, profile and orientation are kept. Exit code 1 if any failed."""

@@ -16,6 +16,23 @@ Configs = Annotated[
 ]
 
 
+def _allow(max_pixels: int | None) -> None:
+    if max_pixels is not None:
+        from mcir.data.decode import allow
+
+        allow(max_pixels)
+
+
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        callback=_allow,
+        help="Largest image that is read, in pixels; by default 89,478,485. More may be a decompression bomb.",
+    ),
+]
+
+
 class ManyValues(TyperCommand):
     """Takes `--weights A B` for `--weights A --weights B`."""
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from mcir.cli.arguments import MaxPixels
 from mcir.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def pack(
         str | None, typer.Option(help="Makes degraded images of clean ones, such as '{name: bicubic, scale: 4}'.")
     ] = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes.")] = 4,
+    max_pixels: MaxPixels = None,
     push: Annotated[str | None, typer.Option(help="Dataset repository of the Hub to upload it to, owner/name.")] = None,
     private: Annotated[bool, typer.Option(help="Where --push makes the repository.")] = False,
 ) -> None:
@@ -125,6 +127,7 @@ def inspect(
         str | None, typer.Option(help="What Parquet columns are called, such as '{clean: hr, degraded: lr}'.")
     ] = None,
     sheet: Annotated[Path | None, typer.Option(help="Where to save a contact sheet (PNG).")] = None,
+    max_pixels: MaxPixels = None,
 ) -> None:
     """Count, measure and decode every image; print what is wrong. Exit code 1 where anything is."""
     from mcir.data.files import files_at

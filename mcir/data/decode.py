@@ -34,12 +34,11 @@ from torch import Tensor
 
 from mcir.errors import UserError
 
-try:
-    MAX_PIXELS = int(os.environ.get("MCIR_MAX_PIXELS", "89478485").replace("_", ""))
-except ValueError:
-    raise UserError(f"MCIR_MAX_PIXELS={os.environ['MCIR_MAX_PIXELS']}: give a number of pixels") from None
+_INHERITED = "_MCIR_MAX_PIXELS"
+"""In the environment of this process's children, where `allow` was called."""
+MAX_PIXELS = int(os.environ.get(_INHERITED, "89478485"))
 """Largest image that is decoded, in pixels; by default 256 MiB of RGB, Pillow's own warning limit. More is taken for an
-attack, unless MCIR_MAX_PIXELS, which every process inherits, allows it."""
+attack, unless `allow` raises it."""
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")  # no format that runs code
@@ -68,8 +67,8 @@ def decode(data: bytes | memoryview, where: str, bottom: int | None = None) -> T
     """
     if header := _common(data):
         kind = header.kind
-        if header.height * header.width > MAX_PIXELS:
-            raise _too_large(where)
+        if is_too_large(header.height, header.width):
+            raise too_large(where)
     else:
         image = _open(data, where)
         kind = str(image.format)
@@ -84,8 +83,8 @@ def decode(data: bytes | memoryview, where: str, bottom: int | None = None) -> T
 def image_size(data: bytes | memoryview, where: str) -> tuple[int, int]:
     """(height, width) of what `decode` gives, from the header alone (TIFF apart). Raises UserError as `decode` does."""
     if header := _common(data):
-        if header.height * header.width > MAX_PIXELS:
-            raise _too_large(where)
+        if is_too_large(header.height, header.width):
+            raise too_large(where)
         return header.height, header.width
     image = _open(data, where)
     try:
@@ -103,7 +102,7 @@ def _open(data: bytes | memoryview, where: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
-        raise _too_large(where) from error
+        raise too_large(where) from error
     except UnidentifiedImageError as error:
         if bytes(data[:4]) == b"\0\5\x16\7":
             raise UserError(
@@ -112,17 +111,26 @@ def _open(data: bytes | memoryview, where: str) -> Image.Image:
         raise UserError(f"{where}: not an image in a format that is read ({', '.join(_FORMATS)})") from error
     except Exception as error:
         raise UserError(f"{where}: the image's header is corrupt: {error}") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_large(where)
+    if is_too_large(image.height, image.width):
+        raise too_large(where)
     return image
 
 
-def _too_large(where: str) -> UserError:
-    return UserError(f"{where}: {too_large(MAX_PIXELS)}")
+def allow(max_pixels: int) -> None:
+    """Images of up to so many pixels are decoded from now on, by this process and those that it will start."""
+    global MAX_PIXELS
+    MAX_PIXELS = Image.MAX_IMAGE_PIXELS = max_pixels
+    os.environ[_INHERITED] = str(max_pixels)
 
 
-def too_large(limit: int) -> str:
-    return f"refused, more than {limit:,} pixels (a decompression bomb?); MCIR_MAX_PIXELS raises the limit"
+def is_too_large(height: int, width: int) -> bool:
+    return height * width > MAX_PIXELS
+
+
+def too_large(where: str) -> UserError:
+    return UserError(
+        f"{where}: refused, more than {MAX_PIXELS:,} pixels (a decompression bomb?); --max-pixels raises the limit"
+    )
 
 
 def _orientation(image: Image.Image) -> int:

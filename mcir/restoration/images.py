@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-from mcir.data.decode import MAX_PIXELS, too_large
+from mcir.data.decode import is_too_large, too_large
 from mcir.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
@@ -57,17 +57,17 @@ def open_header(path: Path) -> ImageFile.ImageFile:
     except UnidentifiedImageError as error:
         raise UserError(f"{path}: no PNG, JPEG, WebP or TIFF image, of a kind not supported, or damaged") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: {too_large(MAX_PIXELS)}") from error
+        raise too_large(str(path)) from error
     except Exception as error:  # decoders raise whatever they like on bad bytes
         raise UserError(f"{path}: cannot be opened: {error}") from error
     problem = None
-    if image.width * image.height > MAX_PIXELS:
-        problem = too_large(MAX_PIXELS)
+    if is_too_large(image.height, image.width):
+        problem = too_large(str(path))
     elif getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a JPEG with a thumbnail behind it
-        problem = "has several frames or pages; split it first"
+        problem = UserError(f"{path}: has several frames or pages; split it first")
     if problem:
         image.close()
-        raise UserError(f"{path}: {problem}")
+        raise problem
     return image
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from mcir import __version__
 from mcir.archs import build
 from mcir.cli import main
+from mcir.data import decode
 from mcir.data.resize import imresize
 from mcir.weights.files import save_weights
 from tests.distributed.launch import write_config
@@ -185,6 +186,23 @@ def test_restore_writes_what_it_can_and_reports_the_rest(folder, monkeypatch, ca
     assert (np.asarray(Image.open(folder / "out" / "one.png")) != whole).any()  # the ensemble is another estimate
     assert run(monkeypatch, capsys, *command[:-1], folder / "o2", "--tile", "x")[0] == 1
     assert not (folder / "o2").exists()
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_the_limit_on_pixels_is_an_option(folder, monkeypatch, capsys):
+    for holder, name in ((decode, "MAX_PIXELS"), (Image, "MAX_IMAGE_PIXELS")):
+        monkeypatch.setattr(holder, name, 1000)
+    monkeypatch.setenv("_MCIR_MAX_PIXELS", "1000")
+    weights = ["--weights", folder / "a.safetensors"]
+    for command in (["restore", folder / "Set3", "--output", folder / "out"], ["evaluate", "--data", folder / "Set3"]):
+        code, _, said = run(monkeypatch, capsys, *command, *weights)
+        assert code == 1
+        assert "more than 1,000 pixels (a decompression bomb?); --max-pixels raises the limit" in said
+        assert run(monkeypatch, capsys, *command, *weights, "--max-pixels", 20_000)[0] == 0
+        script = "from mcir.data.decode import MAX_PIXELS, Image; print(MAX_PIXELS, Image.MAX_IMAGE_PIXELS)"
+        child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert child.stdout == "20000 20000\n"
+        decode.allow(1000)
 
 
 def test_the_version(monkeypatch, capsys):
