@@ -2,7 +2,7 @@
 clean images; their scale and sizes; and what lies beside it to validate on.
 
 Nothing is guessed where it matters: what may be meant in two ways is asked for. Of the images at most `NUM_LOOKED_AT`,
-spread over the whole, are looked at, their headers alone.
+at `NUM_PLACES` spread over the whole, are looked at, their headers alone.
 """
 
 import re
@@ -23,6 +23,7 @@ from mcir.errors import UserError
 from mcir.evaluation.sets import pair_source
 
 NUM_LOOKED_AT = 256
+NUM_PLACES = 32
 CLEAN = re.compile(r"(hr|gt|clean|clear|sharp|target|ground_?truth|high|normal)(_?crops)?", re.IGNORECASE)
 DEGRADED = re.compile(
     r"(lr|lq|degraded|input|blur(red|ry)?|nois(e|y)|rain(y)?|haz[ey]|low)(_?bicubic|_?crops)?([_-]?x[234568])?",
@@ -65,9 +66,7 @@ def look(folder: Path, scales: tuple[int, ...], all_clean: bool = False) -> Foun
     if not folder.is_dir():
         raise UserError(f"--data {folder}: is not a folder")
     train, held_out = _sources(folder, scales, all_clean)
-    units = TypeAdapter[Any](AnySource).validate_python(train).open_at(f"--data {folder}")
-    if held_out:
-        TypeAdapter[Any](AnySource).validate_python(held_out).open_at("what is to validate on")
+    units = _open(train)
     found, sides = set[int | None](), list[int]()
     for row in _spread(units):
         height, width = image_size(row.clean, f"{row.where}, clean")
@@ -79,8 +78,21 @@ def look(folder: Path, scales: tuple[int, ...], all_clean: bool = False) -> Foun
         listed = ", ".join("none" if scale is None else f"x{scale}" for scale in sorted(found, key=lambda s: s or 0))
         raise UserError(f"--data {folder}: the pairs have several scales ({listed}); mcir data inspect says which")
     (scale,) = found
+    if held_out:
+        _require_scale(held_out, scale)
     sides.sort()
     return Found(train, held_out, scale, sum(units.lengths), len(sides), (sides[0], sides[-1]), sides[len(sides) // 20])
+
+
+def _open(source: dict[str, Any]) -> Units:
+    return TypeAdapter[Any](AnySource).validate_python(source).open()
+
+
+def _require_scale(held_out: dict[str, Any], scale: int | None) -> None:
+    """UserError where the first image to validate on is not of the scale of those to train on."""
+    for row in islice(_open(held_out), 1):
+        if _scale(row, *image_size(row.clean, f"{row.where}, clean")) != scale:
+            raise UserError(f"{row.where}: lies beside what is to be trained on and has another scale")
 
 
 def _scale(row: Row, height: int, width: int) -> int | None:
@@ -98,8 +110,8 @@ def _scale(row: Row, height: int, width: int) -> int | None:
 def _spread(units: Units) -> Iterator[Row]:
     """Rows from the whole of a dataset. UserError at one that cannot be read."""
     num = len(units.lengths)
-    chosen = sorted({i * num // min(num, NUM_LOOKED_AT) for i in range(min(num, NUM_LOOKED_AT))})
-    most = max(1, NUM_LOOKED_AT // max(1, len(chosen)))
+    chosen = [i * num // min(num, NUM_PLACES) for i in range(min(num, NUM_PLACES))]
+    most = NUM_LOOKED_AT // max(1, len(chosen))
     for unit in chosen:
         for row in islice(units.rows(unit, 0), most):
             if isinstance(row, UserError):
@@ -145,9 +157,10 @@ def _parquet(path: str) -> dict[str, Any]:
 
 
 def _published(folder: Path, scales: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
-    """As a published dataset, where the folder is laid out as one and its halves are not just two folders of images."""
+    """As a published dataset, where the folder is laid out as one; not where its halves are two folders of images that
+    fit as they are, which may be anybody's."""
     recognised = list(_recognised(folder, scales))
-    if _halves(_parts(folder)[0]) and not any(exact for _, _, exact in recognised):
+    if _halves(_parts(folder)[0]) and not any(centre_crop for _, _, centre_crop in recognised):
         return None
     found = [(source, split) for source, split, _ in recognised]
     train = [source for source, split in found if split == "train"]
@@ -165,14 +178,14 @@ def _published(folder: Path, scales: tuple[int, ...]) -> tuple[dict[str, Any], d
 
 
 def _recognised(folder: Path, scales: tuple[int, ...]) -> Iterator[tuple[dict[str, Any], str, bool]]:
-    """Sources of published datasets as which the folder reads, their splits, and whether nothing but the layout will
-    do: they are of the published size, or pairs of which the clean image's centre is meant."""
+    """Sources of published datasets as which the folder reads, their splits, and whether the centre of the clean images
+    is meant."""
     for scale in scales:
         for (layout, split), pairs in recognise(folder, scale).items():
             settings = {"split": split, "scale": scale if scale > 1 else None}
             given = {name: value for name, value in settings.items() if value}
             source = {"format": "layout", "layout": layout, "path": str(folder)} | given
-            yield source, pairs.split, not pairs.note or pairs.centre_crop
+            yield source, pairs.split, pairs.centre_crop
 
 
 def _images(root: Path, scales: tuple[int, ...], all_clean: bool) -> dict[str, Any]:
@@ -196,9 +209,9 @@ def _images(root: Path, scales: tuple[int, ...], all_clean: bool) -> dict[str, A
     if inside:
         names = ", ".join(path.name for path in inside[:5]) + ", …" * (len(inside) > 5)
         raise UserError(
-            f"--data {root}: holds images in several folders ({names}), of which no two are called as the halves of "
-            "pairs are (hr and lr, gt and lq, sharp and blur, target and input); rename them so, give one of them, or "
-            "say with --degradation how all of these, clean, are to be degraded"
+            f"--data {root}: holds images in several folders ({names}), of which not just two are called as the halves "
+            "of pairs are (hr and lr, gt and lq, sharp and blur, target and input): rename them so, give one of them, "
+            "or say with --degradation how all of these, clean, are to be degraded"
         )
     return {"format": "folders", "clean": str(root)}
 

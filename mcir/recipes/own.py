@@ -191,7 +191,11 @@ def _text(
         if key != "train":
             yield f"  {key}: {to_line(value)}" + (f"  # {notes[key]}" if key in notes else "")
     yield "objective:"
-    yield f"  reconstruction: {to_line(values['objective']['reconstruction'])}"
+    terms = values["objective"]["reconstruction"]
+    if isinstance(terms, list):
+        yield from ("  reconstruction:", *(f"    - {to_line(term)}" for term in terms))
+    else:
+        yield f"  reconstruction: {to_line(terms)}"
     yield "  contrast:  # away from its own past; in place of all this `contrast: null` trains without"
     for key, value in values["objective"]["contrast"].items():
         if key == "negatives":

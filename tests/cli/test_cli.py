@@ -154,6 +154,16 @@ def test_train_says_what_is_not_as_in_the_recipe_and_what_would_use_all_gpus(tmp
     assert record["state"] == "finished"
 
 
+def test_init_writes_a_config_that_passes_the_check(folder, monkeypatch, capsys):
+    file = folder / "mine.yaml"
+    command = ["init", "edsr", "--data", folder / "Set3", "--output", file]
+    code, _, said = run(monkeypatch, capsys, *command)
+    assert (code, said.startswith("mcir: "), "say --scale, 2, 3, 4" in said) == (1, True, True)
+    code, shown, _ = run(monkeypatch, capsys, *command, "--scale", 2)
+    assert (code, shown.splitlines()[-1]) == (0, f"mcir train {file}")
+    assert run(monkeypatch, capsys, "config", "check", file)[:2] == (0, f"{file}: ok\n")
+
+
 def test_networks_of_two_scales_are_not_compared(folder, monkeypatch, capsys):
     arch = ARCH | {"scale": 4}
     save_weights(folder / "c.safetensors", build(arch).state_dict(), {"arch": json.dumps(arch)})

@@ -44,6 +44,14 @@ def test_names_that_differ_by_a_pattern_and_what_is_beside_train(tmp_path):
     assert look(tmp_path / "mine/test", (1,)).held_out is None
 
 
+def test_what_is_to_validate_on_is_of_the_same_scale(tmp_path):
+    save(tmp_path, "train/gt/a.png", "train/lq/a.png", "val/gt/b.png", side=32)
+    (tmp_path / "val/lq").mkdir()
+    Image.new("RGB", (17, 16)).save(tmp_path / "val/lq/b.png")
+    with pytest.raises(UserError, match=r"gt/b\.png: lies beside what is to be trained on and has another scale"):
+        look(tmp_path, (1,))
+
+
 def test_shards_and_their_splits(tmp_path):
     write_dataset(tmp_path / "x4/train", scale=4)
     write_dataset(tmp_path / "x4/test", scale=4)
@@ -89,7 +97,7 @@ def test_clean_images_and_what_may_be_meant_otherwise(tmp_path):
     assert look(tmp_path / "flat", (2,)).train == {"format": "folders", "clean": str(tmp_path / "flat")}
     assert look(tmp_path / "one", (2,)).train["clean"] == str(tmp_path / "one/HR")
     assert look(tmp_path / "one", (2,)).scale is None
-    with pytest.raises(UserError, match=r"several folders \(cats, dogs\), of which no two are called as the halves"):
+    with pytest.raises(UserError, match=r"several folders \(cats, dogs\), of which not just two are called"):
         look(tmp_path / "many", (2,))
     assert look(tmp_path / "many", (1,), all_clean=True).num_samples == 2
 
