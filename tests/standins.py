@@ -32,3 +32,37 @@ class Scales(OneImage):
     def forward(self, degraded: Tensor) -> list[Tensor]:
         restored = super().forward(degraded)
         return [*(F.avg_pool2d(restored, factor) for factor in (4, 2)), restored]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x).relu()
+
+
+class Recursive(nn.Module):
+    """DRRN: one block, passed through three times."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.head, self.tail = (nn.Conv2d(*channels, 3, padding=1) for channels in ((3, 8), (8, 3)))
+        self.body = nn.Sequential(*self.blocks())
+
+    def blocks(self) -> list[Block]:
+        return [Block()] * 3
+
+    def forward(self, degraded: Tensor) -> Tensor:
+        return degraded + self.tail(self.body(self.head(degraded)))
+
+
+class Tied(Recursive):
+    """Three blocks of one weight and their own biases."""
+
+    def blocks(self) -> list[Block]:
+        blocks = [Block() for _ in range(3)]
+        for block in blocks[1:]:
+            block.conv.weight = blocks[0].conv.weight
+        return blocks

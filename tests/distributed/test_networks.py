@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from safetensors.torch import load_file
 
 from mcir.archs import parse
 from tests.archs.test_training import OWN, ZOO
@@ -11,6 +12,33 @@ from tests.distributed.launch import ROOT, run, write_config
 from tests.runs import tiny_config, write_dataset
 
 NETWORKS = OWN | {"compact": ({"name": "zoo", "architecture": "Compact", "parameters": ZOO["Compact"][0]}, 16)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_negatives", [0, 1])
+def test_weights_that_blocks_share_under_fsdp2(tmp_path, num_negatives):
+    """A block that is passed through again and again is one to FSDP2, and trains. Blocks that share a parameter would
+    each train a copy of their own: that is one sentence, before there is a run."""
+    for name in ("Recursive", "Tied"):
+        arch = {"name": "import", "target": f"tests.standins:{name}", "blocks": ["Block"]}
+        values = tiny_config(tmp_path / name, name=name, arch=arch, steps=2)
+        values["data"]["train"][0]["degradation"] = {"name": "noise"}
+        values["objective"]["contrast"]["negatives"] = [{"update_every": 1}] * num_negatives
+        if not num_negatives:
+            values["objective"]["contrast"] = None
+        process = run("fsdp2_cpu", "train", str(write_config(tmp_path / f"{name}.yaml", values)))
+        if name == "Recursive":
+            assert process.returncode == 0, process.stdout
+            (checkpoint,) = (tmp_path / name / "runs" / name / "checkpoints").iterdir()
+            assert {key for key in load_file(checkpoint / "model.safetensors") if "body" in key} == {
+                "body.0.conv.weight",
+                "body.0.conv.bias",
+            }
+        else:
+            assert process.returncode != 0
+            split = "mcir: FSDP2 split body.1.conv.weight from the parameter it is shared with: train this network with"
+            assert split in process.stdout, process.stdout
+            assert not (tmp_path / name / "runs").exists()
 
 
 QUICK = ("edsr", "swinir", "nafnet", "compact")
