@@ -18,7 +18,7 @@ def ip(*arguments: str, check: bool = True) -> str:
 
 
 class Host:
-    """A network namespace with one address; what was started in it dies with it."""
+    """A network namespace with a name and an address; what was started in it dies with it."""
 
     def __init__(self, name: str, address: str) -> None:
         self.name, self.address, self.device = f"mcir{name}{os.getpid()}", address, f"v{name}"
@@ -38,8 +38,9 @@ class Host:
         self.process = self.start(log, "bash", "launch/kubernetes/start.sh", *arguments, **ours | variables)
 
     def start(self, log: Path, *command: str, **variables: str) -> subprocess.Popen[bytes]:
+        named = ["unshare", "--uts", "bash", "-c", 'hostname "$0"; exec "$@"', self.name, *command]
         return subprocess.Popen(
-            [tool("ip"), "netns", "exec", self.name, *command],
+            [tool("ip"), "netns", "exec", self.name, *named],
             cwd=ROOT,
             env=environment() | variables,
             stdout=log.open("ab"),
