@@ -8,7 +8,7 @@
 # With PET_NNODES=1:2 a node may be lost and come back (launch/README.md, "Fewer nodes, and more again"). Then
 # PET_RDZV_ENDPOINT may name where the nodes meet instead of on the first: /shared/file, or host:port of a store.
 # MAX_RESTARTS is how often dead workers are restarted without a word to the outside [0: the scheduler restarts; with a
-# range 100: each lost node is one].
+# range 20: each lost node is one].
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: $0 CONFIG... [path=value]..." >&2; exit 2; }
 : "${PET_NNODES:?}" "${PET_NODE_RANK:?}" "${PET_NPROC_PER_NODE:?}" "${PET_MASTER_ADDR:?}" "${PET_MASTER_PORT:?}"
@@ -32,7 +32,7 @@ if [[ $PET_NNODES == *:* ]]; then
   # Accelerate knows no range: it is told of this node alone, and torchrun takes the others from these variables.
   export PET_NNODES PET_RDZV_ENDPOINT
   launch+=(--num_processes "$PET_NPROC_PER_NODE" --num_machines 1 --main_process_port 0
-    --parallelism_config_dp_shard_size "$PET_NPROC_PER_NODE" --max_restarts "${MAX_RESTARTS:-100}")
+    --parallelism_config_dp_shard_size "$PET_NPROC_PER_NODE" --max_restarts "${MAX_RESTARTS:-20}")
 else
   launch+=(--num_processes $((PET_NNODES * PET_NPROC_PER_NODE))
     --num_machines "$PET_NNODES" --machine_rank "$PET_NODE_RANK"

@@ -38,10 +38,8 @@ class Elastic:
         self.config = write_config(folder / "config.yaml", values)
 
     def launch(self, rank: int, *overrides: str) -> None:
-        variables = {"PET_NNODES": "1:2"} | self.variables
-        self.hosts[rank].launch(
-            rank, self.hosts[0], self.folder / f"host{rank}.log", str(self.config), *overrides, **variables
-        )
+        log, arguments = self.folder / f"host{rank}.log", (str(self.config), *overrides)
+        self.hosts[rank].launch(rank, self.hosts[0], log, *arguments, **self.variables)
 
     def record(self) -> dict:
         file = self.run_dir / "run.json"
