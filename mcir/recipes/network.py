@@ -59,18 +59,26 @@ def section_of(network: str) -> dict[str, Any]:
         return values
     name, colon, variant = network.partition(":")
     if name.lower() not in OURS:
+        _require_in_zoo(network)
         return {"name": "zoo", "architecture": network}
     fields = KINDS[name.lower()].model_fields
     if colon and "variant" not in fields:
         raise UserError(f"{network}: {name} has no variants; settings go as '{{name: {name.lower()}, …}}'")
     if not colon and "variant" in fields and fields["variant"].is_required():
-        options = ", ".join(f"{name.lower()}:{option}" for option in _options(fields["variant"].annotation))
+        options = ", ".join(f"{name.lower()}:{option}" for option in typing.get_args(fields["variant"].annotation))
         raise UserError(f"{network}: say which one, {options}")
     return {"name": name.lower()} | ({"variant": variant} if colon else {})
 
 
-def _options(annotation: Any) -> tuple[Any, ...]:
-    return getattr(annotation, "__args__", ())
+def _require_in_zoo(network: str) -> None:
+    try:
+        archs.parse({"name": "zoo", "architecture": network})
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        if "spandrel has no" in said and (near := difflib.get_close_matches(network.lower(), OURS, n=1)):
+            raise UserError(f"there is no network {network}: did you mean {near[0]}?") from None
+        if "spandrel has no" in said:
+            raise UserError(f"there is no network {network}; mcir's own are {', '.join(OURS)}, and {said}") from None
 
 
 def scales_of(given: Mapping[str, Any], scale: int | None) -> tuple[int, ...]:
@@ -83,7 +91,7 @@ def scales_of(given: Mapping[str, Any], scale: int | None) -> tuple[int, ...]:
     elif "scale" not in kind.model_fields:
         known = (1,)
     else:
-        known = (given["scale"],) if "scale" in given else _options(kind.model_fields["scale"].annotation)
+        known = (given["scale"],) if "scale" in given else typing.get_args(kind.model_fields["scale"].annotation)
     if scale is not None and scale not in known:
         raise UserError(f"--scale {scale}: {given['name']} has {' or '.join(map(str, known))}")
     return known if scale is None else (scale,)
@@ -143,10 +151,6 @@ def build_section(given: Mapping[str, Any], recipe: Recipe, scale: int) -> tuple
     way_out = f"give it as '{{name: {given['name']}, architecture: {label}, parameters: {{…}}}}'"
     if has:
         raise UserError(f"{label} as it is by default has scale {has}, and the data have {scale}: {way_out}")
-    if near := difflib.get_close_matches(label.lower(), OURS, n=1):
-        raise UserError(f"there is no network {label}: did you mean {near[0]}?")
-    if "spandrel has no" in failed:
-        raise UserError(f"there is no network {label}; mcir's own are {', '.join(OURS)}, and {failed}")
     raise UserError(f"{label}: {failed}" + (f": {way_out}" if "needs the arguments" in failed else ""))
 
 

@@ -23,7 +23,7 @@ from mcir.section import parse_yaml, to_line
 from mcir.train.memory import plan
 
 PATCH = {True: 64, False: 128}
-"""Side of the degraded crop there, of networks that enlarge and of others."""
+"""Side of the degraded crop of a network without a recipe: of one that enlarges, and of others."""
 SMALL_SHARE = {"psnr": 5e-3, "ssim": 5e-3}
 """Of the contrast beside losses that are -PSNR or -SSIM (configs/deblur/nafnet_w32_gopro.yaml); others: 0.05."""
 
@@ -52,6 +52,7 @@ def init(
     arch, section = build_section(given, recipe, wanted)
     name = _plain(output.stem)
     values, notes = _values(name, arch, section, found, degrade, recipe)
+    notes["degradation"] = "as asked for" if degradation else "assumed: MATLAB's, of which benchmarks are made"
     config = validate(values, str(output))
     text = "\n".join(_text(config, values, notes, found, recipe, output)) + "\n"
     validate(parse_yaml(text, str(output)), str(output))
@@ -138,7 +139,7 @@ def _values(
     try:
         size = sum(plan(validate(values, name), "single", 1).values()) / 2**30
         notes["accumulate"] = f"by the memory plan: one batch takes {size:.3g} GiB, and is split where it does not fit"
-    except (RuntimeError, NotImplementedError):  # a network that computes with values, of which a plan has none
+    except RuntimeError:  # a network that computes with values, of which a plan has none
         values["accumulate"], notes["accumulate"] = 1, "a number; the memory plan cannot look into this network"
     return values, notes
 
@@ -185,8 +186,7 @@ def _text(
     yield f"    - source: {to_line(data['train'][0]['source'])}"
     degrade = data["train"][0].get("degradation")
     if degrade:
-        assumed = "assumed: MATLAB's, as benchmarks are made" if degrade["name"] == "bicubic" else "as asked for"
-        yield f"      degradation: {to_line(degrade)}  # {assumed}"
+        yield f"      degradation: {to_line(degrade)}  # {notes['degradation']}"
     for key, value in data.items():
         if key != "train":
             yield f"  {key}: {to_line(value)}" + (f"  # {notes[key]}" if key in notes else "")

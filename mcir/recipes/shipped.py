@@ -25,14 +25,15 @@ def folder() -> Path:
 
 
 def recipe_of(files: Sequence[str | Path], name: str) -> Path | None:
-    """The shipped recipe that a run is made from: the first of its files, or the one of the run's name."""
+    """The shipped recipe that a run is made from: one of its files, or else the one of the run's name."""
     try:
         shipped = folder()
     except UserError:
         return None
     recipes = [path for path in sorted(shipped.rglob("*.yaml")) if path.parent.name not in OVERLAYS]
-    first = Path(files[0]).resolve()
-    return next((path for path in recipes if path.resolve() == first or path.stem == name), None)
+    given = {Path(file).resolve() for file in files}
+    named = [path for path in recipes if path.resolve() in given] or [path for path in recipes if path.stem == name]
+    return named[0] if named else None
 
 
 def changes(config: RunConfig, files: Sequence[str | Path]) -> list[str]:

@@ -102,6 +102,8 @@ def test_a_network_of_the_zoo_with_and_without_a_recipe(photos, tmp_path):
         ("Restorer", "pairs", {}, "spandrel has no 'Restorer'"),
         ("SAFMN", "pairs", {}, "SAFMN needs the arguments dim: give it as '{name: zoo, architecture: SAFMN"),
         ("swinir", "pairs", {}, "say which one, swinir:light, swinir:classical"),
+        ("swinir:lite", "pairs", {}, "swinir: variant: Input should be 'light' or 'classical'"),
+        ("edrs", "clean", {}, "there is no network edrs"),
         ("edsr:large", "pairs", {}, "edsr has no variants"),
         ("edsr", "blurred", {}, "the pairs are of one size, and edsr takes pairs x2 or x3 or x4"),
         ("nafnet", "pairs", {}, "the pairs are x2, and nafnet takes pairs of one size"),
