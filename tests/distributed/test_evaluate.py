@@ -62,6 +62,7 @@ def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
     assert len(pictures[0]) == 3 * 4 + 2
 
 
+@pytest.mark.slow
 def test_a_rank_waits_longer_than_a_collective_may_take(tmp_path):
     data = write_dataset(tmp_path / "data", num_rows=2, num_shards=1, scale=2)
     (tmp_path / "slow.py").write_text(SLOW)

@@ -69,6 +69,7 @@ def config(tmp_path) -> Path:
     return write_config(tmp_path / "config.yaml", values)
 
 
+@pytest.mark.slow
 def test_bad_rows_of_all_ranks_are_counted_and_stop_none(tmp_path):
     """9 of the 24 rows of an epoch are bad, and every rank takes one row a step; the count goes on with one process."""
     values = tiny_config(tmp_path, steps=24, batch_size=2, checkpoint={"every": 12})
@@ -107,7 +108,10 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(co
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), (signal.SIGUSR1, 75), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)],
+    [
+        (signal.SIGINT, 130),
+        *(pytest.param(number, 75, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGTERM)),
+    ],
 )
 def test_exit_codes_of_one_process(config, tmp_path, number, code):
     process = start("single", "train", str(config))

@@ -47,7 +47,7 @@ QUICK = ("edsr", "swinir", "nafnet", "compact")
 @pytest.mark.parametrize(
     ("strategy", "names"),
     [
-        ("fsdp2", QUICK),
+        pytest.param("fsdp2", QUICK, marks=pytest.mark.slow),
         pytest.param("fsdp2", sorted(NETWORKS.keys() - set(QUICK)), marks=pytest.mark.slow),
         pytest.param("zero2", sorted(NETWORKS), marks=pytest.mark.slow),
         pytest.param("zero3", sorted(NETWORKS), marks=pytest.mark.slow),
