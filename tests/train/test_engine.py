@@ -7,12 +7,13 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mcir.archs import parse
 from mcir.config import validate
 from mcir.data.loader import Batch
 from mcir.errors import UserError
 from mcir.parallel.shards import full_params
 from mcir.train.engine import build_engine
-from tests.golden import find
+from tests.golden import find, trajectory
 from tests.runs import tiny_config
 
 
@@ -20,11 +21,26 @@ def relative(a, b):
     return float((a.cpu() - b).abs().max() / b.abs().max())
 
 
-def test_reproduces_the_published_multi_negative_trajectory(shared_data, tmp_path):
-    """golden/spn_trajectory: the official code's losses and final weights over 12 steps with two negatives and an
-    EMA."""
-    with safe_open(find("spn_trajectory.safetensors"), "pt") as f:
-        case, tensors = json.loads(f.metadata()["case"]), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+@pytest.mark.parametrize("images", ["photographs", "drawn"])
+def test_reproduces_the_published_multi_negative_trajectory(images, request, tmp_path):
+    """Losses and final weights over 12 steps with two negatives and an EMA: golden/spn_trajectory, by the official
+    code; and on drawn images those of the formulas in plain torch, which reproduce the golden ones too."""
+    arch = parse({"name": "edsr", "scale": 2, "num_features": 16, "num_blocks": 2})
+    if images == "photographs":
+        weights = request.getfixturevalue("shared_data") / "vgg16_hed_features.safetensors"
+        with safe_open(find("spn_trajectory.safetensors"), "pt") as f:
+            case, tensors = json.loads(f.metadata()["case"]), {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+        layers = trajectory.vgg()
+        stored = load_file(weights)
+        layers.load_state_dict({key: stored[f"features.{key}"] for key in layers.state_dict()})
+    else:
+        case, layers, weights = trajectory.CASE, trajectory.vgg(), tmp_path / "vgg.safetensors"
+        save_file({f"features.{key}": value for key, value in layers.state_dict().items()}, weights)
+        torch.manual_seed(3)
+        tensors = trajectory.drawn(arch.build())
+    by_formulas = trajectory.plain(case, tensors, arch.build(), layers)
+    for name, value in by_formulas.items():
+        assert relative(value, tensors.setdefault(name, value)) < 1e-5, name
 
     def state(prefix):
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -36,12 +52,12 @@ def test_reproduces_the_published_multi_negative_trajectory(shared_data, tmp_pat
             batch_size=2,
             steps=case["steps"],
             init_from=str(tmp_path / "initial.safetensors"),
-            arch={"name": "edsr", "scale": 2, "num_features": 16, "num_blocks": 2},
+            arch=arch.model_dump(),
             objective={
                 "contrast": {
                     "name": "spn",
                     "weight": 0.01,
-                    "features": {"weights": str(shared_data / "vgg16_hed_features.safetensors")},
+                    "features": {"weights": str(weights)},
                     "negatives": case["spn"]["negatives"],
                 }
             },
