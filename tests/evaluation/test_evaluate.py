@@ -15,8 +15,8 @@ from mcir.config import validate
 from mcir.data.rows import Units
 from mcir.data.sources import FolderSource
 from mcir.errors import UserError
-from mcir.evaluation.config import ValidationSet
-from mcir.evaluation.evaluate import evaluate, mean_of_sets
+from mcir.evaluation.config import ValidationConfig, ValidationSet
+from mcir.evaluation.evaluate import evaluate, mean_of_sets, pair_of, try_first
 from mcir.parallel.accelerator import build_accelerator
 from mcir.train.engine import build_engine
 from tests.distributed.launch import write_config
@@ -135,3 +135,22 @@ def test_validation_in_a_run_is_mcir_evaluate_to_the_last_digit(tmp_path, monkey
     best, which = json.loads((checkpoint / "state.json").read_text())["best"]
     assert which == "step-00000004"  # so that this is the value of the same weights, with all its digits
     assert results["x"]["mean"]["psnr"] == best
+
+
+def test_a_set_degraded_from_a_column_of_its_source(tmp_path):
+    """The column holds the clean images' complements, so that d = 1 - red."""
+    source = {
+        "format": "parquet",
+        "path": str(write_dataset(tmp_path / "data", num_rows=2, num_shards=1, extra=("depth",))),
+    }
+    haze = {"name": "haze", "beta": 1.4, "airlight": 0.9, "depth": "depth"}
+    data = ValidationSet(source=source, degradation=haze, protocol="rgb")
+    for row in data.open():
+        degraded, clean = pair_of(row, data, 1, torch.device("cpu"))
+        t = torch.exp(-1.4 * (1 - clean[:, :1]))
+        torch.testing.assert_close(degraded, clean * t + 0.9 * (1 - t), atol=0.501 / 255, rtol=0)
+    missing = ValidationSet(source=source, degradation=haze | {"depth": "d"}, protocol="rgb")
+    config = ValidationConfig(every=1, sets={"hazy": missing})
+    field = r"validation\.sets\.hazy\."
+    with pytest.raises(UserError, match=rf"^{field}source\.path: .*no column d, which {field}degradation names"):
+        try_first(config, 1, torch.device("cpu"))
