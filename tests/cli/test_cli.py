@@ -226,6 +226,11 @@ def test_a_dry_run_plans_for_what_was_launched_and_prints_once(tmp_path, monkeyp
     _, shown, _ = run(monkeypatch, capsys, "train", config, "--dry-run")
     assert "fsdp2 x 4" in shown
     assert not (tmp_path / "runs").exists()
+    _, shown, _ = run(monkeypatch, capsys, "train", config, "--dry-run", "--processes", "4", "--processes", "2")
+    assert "fsdp2 x 2" in shown  # the fewest hold most
+    code, shown, said = run(monkeypatch, capsys, "train", config, "--dry-run", "--processes", "2", "--processes", "3")
+    assert (code, shown) == (1, "")
+    assert "batch_size: 4 cannot be shared equally by 3 processes; multiples of 6 can" in said
     monkeypatch.setenv("RANK", "1")
     assert run(monkeypatch, capsys, "train", config, "--dry-run")[:2] == (0, "")
 
