@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mcir.data.mixup import Mixer
 from mcir.data.order import share
+from mcir.data.resize import shrink
 from mcir.data.stages import Phase, Stage, phases, position_after
 from mcir.data.stream import DataConfig, Failure, Label, Sample, SampleStream
 from mcir.data.transforms import Pixels
@@ -136,7 +137,7 @@ class Loader:
                 positions = [p for g in groups for p in share(g, self.rank, self.world_size, stream.num_lanes)]
                 for part in range(self.accumulate):
                     taken = self._take(islice(samples, size), stream.sides(phase.crop_size), size)
-                    images: Sequence[Tensor] = [self._to_device(kind) for kind in taken.images]
+                    images = self._to_device(taken.images)
                     if mixer:
                         own = [positions[part * size + place] for place in taken.places]
                         images = mixer(part, start, own, taken.places, images)
@@ -169,7 +170,7 @@ class Loader:
         if len(self.data.train) == 1:
             return None
         sources = torch.tensor([source for _, source in labels] or [0])
-        return self._to_device(sources if self._copies is None else sources.pin_memory())
+        return sources if self._copies is None else sources.pin_memory().to(self.device, non_blocking=True)
 
     def _count(self, taken: "_Taken") -> None:
         for failure in taken.failures:
@@ -191,18 +192,27 @@ class Loader:
 
     def _empty(self, size: int, side: int) -> Tensor:
         if self._copies is None:
-            return torch.empty(size, 3, side, side)
+            return torch.empty(size, 3, side, side, dtype=torch.uint8 if self.data.degrade_on_device else torch.float32)
         return torch.empty(size, 3, side, side, dtype=torch.uint8, pin_memory=True)
 
-    def _to_device(self, values: Tensor) -> Tensor:
+    def _to_device(self, images: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Degraded, clean and further ones, fp32 in [0, 1]."""
         if self._copies is None:
-            return values
+            return self._degraded(images)
         with torch.cuda.stream(self._copies):  # beside the step that the device is still busy with
-            batch = to_float(values.to(self.device, non_blocking=True))
+            there = self._degraded([image.to(self.device, non_blocking=True) for image in images])
         step = torch.cuda.current_stream(self.device)
         step.wait_stream(self._copies)
-        batch.record_stream(step)
-        return batch
+        for image in there:
+            image.record_stream(step)
+        return there
+
+    def _degraded(self, images: Sequence[Tensor]) -> list[Tensor]:
+        if self.data.degrade_on_device:
+            (around, transposed, *further), margin = images, 2 * self.scale
+            pair = shrink(around, self.scale), around[..., margin:-margin, margin:-margin]
+            images = [*(torch.where(transposed[:, :1] > 0, image.mT, image) for image in pair), *further]
+        return [to_float(image) for image in images]
 
 
 def _put(batch: Tensor, place: int, image: Pixels) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from mcir.data.chain import AnyDegradation
+from mcir.data.degrade import Bicubic
 from mcir.data.mixup import Mixup
 from mcir.data.order import VERSION, Mixture, Order, share
 from mcir.data.rows import Row, Units
@@ -45,6 +46,9 @@ class DataConfig(Section):
     """Crops near a border are rare: with a probability of this times crop / image a side's crop is flush with one of
     its ends instead (DehazeFormer, MixDehazeNet)."""
     mixup: Mixup | None = None
+    degrade_on_device: bool = False
+    """Whether the device makes a whole batch smaller instead of a loader process each image, where all sources have
+    `bicubic`: the same bytes."""
     small_images: Literal["fail", "reflect"] = "fail"
     """Of an image smaller than the crop: a mistake, or mirrored at its lower and right border up to the crop's size
     (Restormer, MPRNet)."""
@@ -75,6 +79,12 @@ class DataConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _device_can(self) -> Self:
+        if self.degrade_on_device and not all(isinstance(train.degradation, Bicubic) for train in self.train):
+            raise ValueError("degrade_on_device: needs the degradation bicubic of every source")
+        return self
+
+    @model_validator(mode="after")
     def _labels_differ(self) -> Self:
         if repeated := sorted({label for label in self.labels if self.labels.count(label) > 1}):
             raise ValueError(f"data.train: two sources are labelled {', '.join(repeated)}")
@@ -84,7 +94,8 @@ class DataConfig(Section):
 Label = tuple[str, int]
 """key of a sample, place of its source in `data.train`"""
 Sample = tuple[Label, *tuple[Pixels, ...]]
-"""label, degraded (3, h, w), clean (3, s * h, s * w), and one of that size for each further column"""
+"""label, degraded (3, h, w), clean (3, s * h, s * w), and one of that size for each further column; with
+`degrade_on_device` one (3, s * (h + 4), s * (w + 4)) and one (3, 1, 1) in place of the first two"""
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,8 @@ class SampleStream:
 
     def sides(self, crop_size: int) -> list[int]:
         """Of a sample's images."""
-        return [crop_size // self.scale, *[crop_size] * (1 + len(self.columns))]
+        pair = [crop_size + 4 * self.scale, 1] if self.data.degrade_on_device else [crop_size // self.scale, crop_size]
+        return [*pair, *[crop_size] * len(self.columns)]
 
     def turns(self, position: int, reader: Reader) -> Iterator[int]:
         """Which worker of the rank decodes each of its samples."""
@@ -185,6 +197,7 @@ class SampleStream:
                 self.data.edge_decay,
                 self.data.small_images == "reflect",
                 self.columns,
+                self.data.degrade_on_device,
             )
         except UserError as error:
             return Failure(str(error))

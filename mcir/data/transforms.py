@@ -15,7 +15,7 @@ from torch import Tensor
 from mcir.data.chain import AnyDegradation, Chain
 from mcir.data.decode import decode, image_size
 from mcir.data.degrade import Bicubic
-from mcir.data.resize import imresize_crop
+from mcir.data.resize import imresize_crop, window
 from mcir.data.rows import Row
 from mcir.errors import UserError
 
@@ -48,14 +48,17 @@ def training_pair(
     edge_decay: float = 0.0,
     reflect_small: bool = False,
     columns: Sequence[str] = (),
+    undegraded: bool = False,
 ) -> tuple[Pixels, ...]:
     """(degraded, clean, those of further `columns`): the same random window of all, `crop_size` pixels square, degraded
-    crop_size / scale; views with any strides, which are copied once, into their batch.
+    crop_size / scale; views with any strides, which are copied once, into their batch. `undegraded`, for bicubic: in
+    place of the pair the clean crop with what `shrink` reaches around it, 2 * scale pixels on each side, and, as an
+    image of one pixel, whether both are still to be transposed, since rows are made smaller before columns.
 
     Images are decoded as far down as the window reaches.
 
     UserError where the pair's sizes do not fit each other, or the image is smaller than the crop and `reflect_small`,
-    which mirrors it at its lower and right border, is not set.
+    which mirrors it at its lower and right border, is not set, or `undegraded` has more than 8 bits.
     """
     height, width = _degraded_size(row, scale, degradation)
     size = crop_size // scale
@@ -78,7 +81,12 @@ def training_pair(
         clean = _reflected(clean[:, : height * scale, : width * scale], crop_size)
     if isinstance(degradation, Bicubic):
         multiple = clean[:, : num_rows * scale, : num_columns * scale]
-        degraded = imresize_crop(multiple, 1 / scale, top, left, size, size)
+        if undegraded:
+            if clean.dtype != torch.uint8:
+                raise UserError(f"{row.where}: has 16 bits, and data.degrade_on_device needs 8: leave that out")
+            around = window(multiple, scale, top, left, size, size)
+        else:
+            degraded = imresize_crop(multiple, 1 / scale, top, left, size, size)
     elif isinstance(degradation, Chain):
         wide = max(size, degradation.window_size // scale)
         v, u = (_around(*side, size, wide, rng) for side in ((num_rows, top), (num_columns, left)))
@@ -101,7 +109,12 @@ def training_pair(
     elif not isinstance(degradation, Bicubic | Chain):
         assert degradation is not None
         degraded = degradation.of(clean, rng, {name: further(name) for name in degradation.columns})
-    return _augment(augment, rng, degraded, clean, *map(further, columns))
+    turn = _turn(augment, rng)
+    others = [_turned(further(name), *turn) for name in columns]
+    if undegraded:
+        transposed = np.full((3, 1, 1), turn[2], np.uint8)
+        return _turned(around, *turn[:2], False), transposed, *others
+    return _turned(degraded, *turn), _turned(clean, *turn), *others
 
 
 def _further(row: Row, column: str, bottom: int | None = None) -> Tensor:
@@ -158,7 +171,8 @@ def _degraded_size(row: Row, scale: int, degradation: AnyDegradation | None) -> 
     return size
 
 
-def _augment(augment: Augment, rng: np.random.Generator, *images: Tensor) -> tuple[Pixels, ...]:
+def _turn(augment: Augment, rng: np.random.Generator) -> tuple[bool, bool, bool]:
+    """Whether to flip vertically and horizontally, and then to transpose."""
     vertical = horizontal = transpose = False
     if augment == "dihedral":
         vertical, horizontal, transpose = (bool(bit) for bit in rng.integers(2, size=3))
@@ -167,6 +181,9 @@ def _augment(augment: Augment, rng: np.random.Generator, *images: Tensor) -> tup
     elif augment == "flips":
         draw = int(rng.integers(4))
         vertical, horizontal = draw == 1, draw == 2
-    rows, columns = slice(None, None, -1 if vertical else 1), slice(None, None, -1 if horizontal else 1)
-    views = (image.numpy()[:, rows, columns] for image in images)
-    return tuple(view.swapaxes(1, 2) if transpose else view for view in views)
+    return vertical, horizontal, transpose
+
+
+def _turned(image: Tensor, vertical: bool, horizontal: bool, transpose: bool) -> Pixels:
+    view = image.numpy()[:, :: -1 if vertical else 1, :: -1 if horizontal else 1]
+    return view.swapaxes(1, 2) if transpose else view

@@ -497,3 +497,41 @@ def test_columns_that_are_not_there(tmp_path):
     data = config(folder, train=[{"source": source, "degradation": BICUBIC}])
     with pytest.raises(UserError, match="a source of folders has clean and degraded images alone"):
         next(iter(Loader(data, scale=2, batch_size=4, seed=3, columns=("dcp",))))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_the_device_degrades_a_batch_as_the_loader_does_each_image(tmp_path, scale, num_workers):
+    """Odd sides, crops at every border, images smaller than the crop."""
+    rng = np.random.default_rng(0)
+    clean = [png(rng.integers(0, 256, (*sides, 3), np.uint8)) for sides in ((37, 50), (25, 24), (61, 33), (20, 70))]
+    table = {"key": list("abcd"), "clean": [{"bytes": image, "path": None} for image in clean]}
+    pq.write_table(pa.table(table), tmp_path / "0.parquet")
+    bicubic = {"name": "bicubic", "scale": scale}
+    train = [{"source": {"format": "parquet", "path": str(tmp_path)}, "degradation": bicubic}]
+    both = []
+    for degrade_on_device in (False, True):
+        values = {"train": train, "crop_size": 24, "small_images": "reflect", "num_workers": num_workers}
+        data = DataConfig.model_validate(values | {"degrade_on_device": degrade_on_device})
+        device = "cuda" if degrade_on_device and torch.cuda.is_available() else "cpu"
+        made = Loader(data, scale=scale, batch_size=4, seed=3, device=device)
+        with closing(iter(made)) as batches:
+            both.append(list(islice(batches, 12)))
+    for one, other in zip(*both, strict=True):
+        assert one.key == other.key
+        assert torch.equal(one.clean, other.clean.cpu())
+        assert torch.equal(one.degraded, other.degraded.cpu())
+
+
+def test_what_the_device_cannot_degrade_is_refused(folder, tmp_path):
+    source = {"source": {"format": "parquet", "path": str(folder)}, "degradation": {"name": "noise", "sigma": 25}}
+    with pytest.raises(ValueError, match="degrade_on_device: needs the degradation bicubic of every source"):
+        DataConfig.model_validate({"train": [source], "crop_size": 16, "degrade_on_device": True})
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((32, 32), np.uint16)).save(buffer, "PNG")
+    table = {"key": ["a"], "clean": [{"bytes": buffer.getvalue(), "path": None}]}
+    pq.write_table(pa.table(table), tmp_path / "0.parquet")
+    source = {"source": {"format": "parquet", "path": str(tmp_path)}, "degradation": {"name": "bicubic", "scale": 2}}
+    data = DataConfig.model_validate({"train": [source], "crop_size": 16, "degrade_on_device": True, "num_workers": 0})
+    with pytest.raises(UserError, match=r"has 16 bits, and data.degrade_on_device needs 8"):
+        next(iter(loader(data)))
