@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ValidationError
 
-from mcir.section import TAGS
-from mcir.storage import CredentialsInURL
+from mcir.section import TAGS, CredentialsInURL
 
 
 def explained(

@@ -1,4 +1,4 @@
-"""The base of every section of a config, and YAML 1.2 in and out.
+"""The base of every section of a config, the paths and URLs in it, and YAML 1.2 in and out.
 
 A section stands beside the code that it configures; `mcir.config` assembles them. Its attribute docstrings are the
 manual (`mcir config schema`)."""
@@ -8,14 +8,16 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 from mcir.errors import UserError
-from mcir.storage import require_no_secret
 
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
+_SECRET = re.compile(r"(^|[-_])(signature|sig|token|credential|password|secret|key)$", re.IGNORECASE)
 TAGS = ("name", "format")
 """The fields that select one of several kinds of section."""
 
@@ -24,6 +26,29 @@ class Section(BaseModel):
     """Frozen, and every key that it does not know is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class CredentialsInURL(ValueError):
+    """Its message repeats none of them."""
+
+
+def is_url(place: str) -> bool:
+    return _SCHEME.match(place) is not None
+
+
+def require_no_secret(url: str) -> None:
+    """CredentialsInURL for a password, a token or a signature in a URL."""
+    if not is_url(url):
+        return
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    named = [name for name, _ in parse_qsl(parts.query) if _SECRET.search(name)]
+    if (at and (":" in user or parts.scheme in ("http", "https", "s3", "gs"))) or named:
+        what = f"{named[0]}=…" if named else f"…@{host}"
+        raise CredentialsInURL(
+            f"the URL holds credentials ({parts.scheme}://{what}), which records would repeat: leave them out, they "
+            "are taken from the environment (AWS_ACCESS_KEY_ID, HF_TOKEN, …)"
+        )
 
 
 def expand(path: str) -> str:

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mcir import storage
+from mcir.data import storage
 from mcir.data.rows import Row, Units, checksum
+from mcir.data.storage import first_line, is_of_the_network, retried
 from mcir.errors import UserError
-from mcir.section import Section
-from mcir.storage import first_line, is_of_the_network, is_url, retried
+from mcir.section import Section, is_url
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -30,9 +30,9 @@ from mcir.data.layouts import find_pairs
 from mcir.data.pairs import Pair, Pairs, pair_folders
 from mcir.data.parquet import NONE, Columns, open_parquet
 from mcir.data.rows import Row, Units
+from mcir.data.storage import urls_at
 from mcir.errors import UserError
-from mcir.section import PathText, Section
-from mcir.storage import is_url, urls_at
+from mcir.section import PathText, Section, is_url
 
 FILES_IN_A_UNIT = 16
 _CONVERTED = "refs/convert/parquet"

@@ -21,8 +21,7 @@ from mcir.errors import UserError
 from mcir.evaluation.config import ValidationSet
 from mcir.evaluation.metrics import PROTOCOLS
 from mcir.evaluation.perceptual import AnyMetric
-from mcir.section import parse_yaml
-from mcir.storage import is_url
+from mcir.section import is_url, parse_yaml
 from mcir.weights.trained import faults, split_name
 
 CONFIG_SUFFIXES = (".yaml", ".yml")

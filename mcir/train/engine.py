@@ -32,7 +32,7 @@ from mcir.parallel.accelerator import (
 )
 from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import broadcast_from_first, cuts_weights, unwrapped
-from mcir.storage import is_url
+from mcir.section import is_url
 from mcir.train import offsite, runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer
 from mcir.train.ema import EMA

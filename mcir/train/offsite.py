@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mcir import storage
+from mcir.data import storage
+from mcir.data.storage import open_store, steadily
 from mcir.errors import UserError
 from mcir.section import parse_yaml
-from mcir.storage import open_store, steadily
 from mcir.train.checkpoint import NAME, damage, is_healthy, remove, saved
 from mcir.train.config import CheckpointConfig
 

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from mcir.config import RunConfig, dump
 from mcir.errors import UserError
 from mcir.parallel.accelerator import precision_of, strategy
-from mcir.storage import is_url
+from mcir.section import is_url
 from mcir.train import lock, offsite
 from mcir.train.checkpoint import Checkpoint, damage, newest
 from mcir.train.lock import Lock

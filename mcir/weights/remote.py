@@ -27,9 +27,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from mcir.archs.state_dict import ENTRY, PICKLE_SUFFIXES, WEIGHTS_FILE
+from mcir.data.storage import open_store, steadily
 from mcir.errors import UserError
-from mcir.section import parse_yaml
-from mcir.storage import is_url, open_store, require_no_secret, steadily
+from mcir.section import is_url, parse_yaml, require_no_secret
 
 EMA_FILE = "ema.safetensors"
 Kind = Literal["ema", "target"]

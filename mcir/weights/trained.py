@@ -21,8 +21,7 @@ from mcir.archs import Arch, parse
 from mcir.archs.state_dict import EMA_ENTRIES, WEIGHTS_FILE, locate, split_entry
 from mcir.config import load
 from mcir.errors import UserError
-from mcir.section import parse_yaml
-from mcir.storage import is_url
+from mcir.section import is_url, parse_yaml
 from mcir.weights.files import build_from, load_into, read_metadata
 from mcir.weights.remote import EMA_FILE, Kind, fetch_all, name_of
 

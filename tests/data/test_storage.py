@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mcir import storage
+from mcir.data import storage
 from mcir.data.loader import Loader
 from mcir.data.sources import ParquetSource
 from mcir.data.stream import DataConfig

@@ -8,8 +8,8 @@ from hashlib import sha256
 import pytest
 import torch
 
-from mcir import storage
 from mcir.config import validate
+from mcir.data import storage
 from mcir.errors import UserError
 from mcir.train import offsite
 from mcir.train.engine import build_engine

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mcir import storage
+from mcir.data import storage
 from tests import hub
 
 

@@ -1,16 +1,14 @@
 """Places that are no path on this machine: URLs of the Hub, of object stores and of the web, through fsspec.
 
-Invariants: credentials come from the environment or the store's own login, and are refused in a URL, which configs,
-records and cards repeat; what a network drops is tried again; what stays lost is one sentence.
+Invariants: credentials come from the environment or the store's own login; what a network drops is tried again; what
+stays lost is one sentence.
 """
 
 import logging
-import re
 import time
 from collections.abc import Callable, Sequence
 from glob import has_magic
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
 
 from mcir.errors import UserError
 
@@ -21,8 +19,6 @@ PAUSES_S = (1.0, 4.0, 16.0)
 """Before each further attempt; fsspec's file systems try several times by themselves in each."""
 PATIENT_S = (*PAUSES_S, *[60.0] * 9)
 """In the middle of a run: some ten minutes."""
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
-_SECRET = re.compile(r"(^|[-_])(signature|sig|token|credential|password|secret|key)$", re.IGNORECASE)
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PASSING = {
     *(
@@ -35,29 +31,6 @@ _PASSING = {
     *("httpx2.RequestError", "google.RetryError", "gcsfs.HttpError"),
 }
 """Errors of a network that are no OSError."""
-
-
-class CredentialsInURL(ValueError):
-    """Its message repeats none of them."""
-
-
-def is_url(place: str) -> bool:
-    return _SCHEME.match(place) is not None
-
-
-def require_no_secret(url: str) -> None:
-    """CredentialsInURL for a password, a token or a signature in a URL."""
-    if not is_url(url):
-        return
-    parts = urlsplit(url)
-    user, at, host = parts.netloc.rpartition("@")
-    named = [name for name, _ in parse_qsl(parts.query) if _SECRET.search(name)]
-    if (at and (":" in user or parts.scheme in ("http", "https", "s3", "gs"))) or named:
-        what = f"{named[0]}=…" if named else f"…@{host}"
-        raise CredentialsInURL(
-            f"the URL holds credentials ({parts.scheme}://{what}), which records would repeat: leave them out, they "
-            "are taken from the environment (AWS_ACCESS_KEY_ID, HF_TOKEN, …)"
-        )
 
 
 def open_store(url: str) -> tuple[Any, str]:
