@@ -142,11 +142,7 @@ def kill_at_random(config: Path, folder: Path, launch_file: str, rounds: int, se
         assert all(damage(path) is None for path in saved)
 
 
-def test_sudden_death_of_a_rank(config, tmp_path):
-    kill_at_random(config, tmp_path, "ddp_cpu", rounds=2, seed=0)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("launch_file", ["ddp_cpu", "fsdp2_cpu", "zero3_cpu"])
-def test_sudden_death_of_a_rank_many_times(config, tmp_path, launch_file):
+def test_sudden_death_of_a_rank(config, tmp_path, launch_file):
     kill_at_random(config, tmp_path, launch_file, rounds=5, seed=1)
