@@ -68,9 +68,8 @@ class Engine:
         set_seed(config.seed)  # the same on all ranks: FSDP2 shards each rank's own copy of the initial weights
         net = self.arch.build()
         self.init_from: str | None = None
-        if config.init_from and not (
-            resumes and is_url(config.init_from)
-        ):  # what a checkpoint replaces, over a network
+        replaced = resumes and config.init_from and is_url(config.init_from)  # by a checkpoint: not fetched for that
+        if config.init_from and not replaced:
             (fetched,) = fetch_all([config.init_from], accelerator=accelerator)
             report, self.init_from = load_into(net, fetched.path, min_share=config.init_share), fetched.origin
             if accelerator.is_main_process:
