@@ -1,16 +1,14 @@
-"""Parquet, local or on the Hub, through Hugging Face `datasets`: one row group a unit, checksums verified.
+"""Parquet: one row group a unit, checksums verified. What is on the Hub or in a store comes through Hugging Face
+`datasets`, a file of this machine straight through pyarrow, in a tenth of the processor time.
 
 Footers are read once, by the main process; a file is opened when one of its row groups is read."""
 
-import atexit
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from glob import escape
+from functools import partial
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
@@ -20,13 +18,12 @@ import numpy as np
 
 from mcir.data import storage
 from mcir.data.rows import Row, Units, checksum
-from mcir.data.storage import first_line, is_of_the_network, retried
+from mcir.data.storage import RowGroups, first_line, is_of_the_network, retried, row_groups_of_urls
 from mcir.errors import UserError
 from mcir.section import Section, is_url
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import IterableDataset
 
 CHECKSUMS = b"mcir.crc32"
 """In a Parquet footer: a JSON list of the row groups' `checksum`s. Verifying Parquet's own, those of its pages, takes
@@ -44,8 +41,6 @@ class Columns(Section):
 
 
 COLUMNS = Columns()
-READ_AHEAD = {"hf": {"block_size": 2**16}, "gs": {"block_size": 2**16}, "s3": {"default_block_size": 2**16}}
-"""Bytes. By default it is 5 MiB, a third of a row group, and 50 MiB of S3."""
 NONE: Mapping[str, str] = MappingProxyType({})
 EXTRA = "extra:"
 """Before the names of further columns, among the parts of a row."""
@@ -65,10 +60,6 @@ def open_parquet(
     the Hub it would take a request for each row group to know). Where `faults` are given it goes there, and the rest of
     the files is read.
     """
-    from datasets import load_dataset
-    from datasets.utils.logging import disable_progress_bar
-    from pyarrow.dataset import ParquetFragmentScanOptions
-
     with ThreadPoolExecutor(16) as pool:  # on the Hub a footer is two round trips
         looked = list(pool.map(partial(_footer, name=name, columns=columns, extra=extra), files))
     found = [str(footer) for footer in looked if isinstance(footer, UserError)]
@@ -101,22 +92,11 @@ def open_parquet(
         raise UserError(f"{name} is empty")
     files = [footer.file for footer in footers]
     stored = footers[0].stored
-    disable_progress_bar()
-    wanted = set(stored.values())
-    dataset = load_dataset(
-        "parquet",
-        data_files=[escape(file) for file in files],  # `datasets` takes names for patterns
-        split="train",
-        streaming=True,
-        storage_options=READ_AHEAD,
-        columns=[column for column in footers[0].columns if column in wanted],  # as stored: spares a copy
-        fragment_scan_options=ParquetFragmentScanOptions(
-            page_checksum_verification=bool(extra) or any(group.checksum is None for group in groups)
-        ),
-    ).with_format("arrow")  # which leaves the images encoded
-    assert dataset.num_shards == len(files)
+    wanted = [column for column in footers[0].columns if column in stored.values()]  # as stored: spares a copy
+    pages = bool(extra) or any(group.checksum is None for group in groups)
+    read = (row_groups_of_urls if is_url(files[0]) else _row_groups)(files, wanted, pages)
     lengths = tuple(group.length for group in groups)
-    return Units(lengths, partial(_read_group, dataset, files, groups, stored))
+    return Units(lengths, partial(_read_group, read, files, groups, stored))
 
 
 @dataclass(frozen=True)
@@ -230,35 +210,29 @@ def _repeated_keys(footers: Iterable[_Footer]) -> list[str]:
     return faults
 
 
-@lru_cache(maxsize=512)
-def _row_groups(dataset: "IterableDataset", file: int) -> "IterableDataset":
-    """One file of the dataset with a row group a shard. Resharding opens the files: not all of them in all workers."""
-    return dataset.shard(num_shards=dataset.num_shards, index=file).reshard()
+def _row_groups(files: list[str], columns: list[str], check_pages: bool) -> RowGroups:
+    return partial(_row_group, files, columns, check_pages)
 
 
-@lru_cache(maxsize=1)
-def _let_arrow_finish() -> None:
-    """Arrow's threads let go of Python's files a little after the last row is out. Where Python has ended by then they
-    abort the process, or hang it: apache/arrow#34314, #50482."""
-    atexit.register(time.sleep, 0.1)
+def _row_group(
+    files: list[str], columns: list[str], check_pages: bool, file: int, index: int, length: int
+) -> "pa.Table":
+    import pyarrow.parquet as pq
+
+    # no threads: worker processes are parallel enough
+    with pq.ParquetFile(files[file], pre_buffer=False, page_checksum_verification=check_pages) as opened:
+        return opened.read_row_group(index, columns, use_threads=False)
 
 
 def _read_group(
-    dataset: "IterableDataset", files: list[str], groups: list[_Group], stored: dict[str, str], unit: int, start: int
+    read: RowGroups, files: list[str], groups: list[_Group], stored: dict[str, str], unit: int, start: int
 ) -> Iterator[Row | UserError]:
     group = groups[unit]
     file = files[group.file]
-    _let_arrow_finish()
-
-    def read_table() -> Any:
-        shard = _row_groups(dataset, group.file)
-        shard = shard.shard(num_shards=shard.num_shards, index=group.index)
-        # .iter and not __iter__: the latter would divide the row group among DataLoader workers
-        (table,) = shard.iter(batch_size=group.length)
-        return table
-
     try:
-        table = retried(read_table, file, storage.PATIENT_S if _is_of_a_store(file) else ())
+        table = retried(
+            lambda: read(group.file, group.index, group.length), file, storage.PATIENT_S if _is_of_a_store(file) else ()
+        )
         nothing: list[Any] = [None] * group.length
         columns = {part: _files(table[column]) for part, column in stored.items() if part != "key"}
         keys = _keys(table[stored["key"]]) if "key" in stored else nothing

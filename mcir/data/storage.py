@@ -4,16 +4,27 @@ Invariants: credentials come from the environment or the store's own login; what
 stays lost is one sentence.
 """
 
+import atexit
 import logging
 import time
 from collections.abc import Callable, Sequence
-from glob import has_magic
-from typing import Any, TypeVar
+from functools import lru_cache, partial
+from glob import escape, has_magic
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mcir.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import IterableDataset
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+RowGroups = Callable[[int, int, int], "pa.Table"]
+"""(file, row group of it, its length) to its columns, images still encoded."""
+READ_AHEAD = {"hf": {"block_size": 2**16}, "gs": {"block_size": 2**16}, "s3": {"default_block_size": 2**16}}
+"""Bytes. By default it is 5 MiB, a third of a row group, and 50 MiB of S3."""
 
 PAUSES_S = (1.0, 4.0, 16.0)
 """Before each further attempt; fsspec's file systems try several times by themselves in each."""
@@ -110,3 +121,45 @@ def sentence(place: str, error: Exception) -> str:
 
 def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def row_groups_of_urls(files: list[str], columns: list[str], check_pages: bool) -> RowGroups:
+    """Of Parquet files, through Hugging Face `datasets`; `check_pages`: by the checksums of Parquet."""
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
+    disable_progress_bar()
+    dataset = load_dataset(
+        "parquet",
+        data_files=[escape(file) for file in files],  # `datasets` takes names for patterns
+        split="train",
+        streaming=True,
+        storage_options=READ_AHEAD,
+        columns=columns,
+        fragment_scan_options=ParquetFragmentScanOptions(page_checksum_verification=check_pages),
+    ).with_format("arrow")  # which leaves the images encoded
+    assert dataset.num_shards == len(files)
+    return partial(_row_group, dataset)
+
+
+def _row_group(dataset: "IterableDataset", file: int, index: int, length: int) -> "pa.Table":
+    _let_arrow_finish()
+    shard = _of_file(dataset, file)
+    shard = shard.shard(num_shards=shard.num_shards, index=index)
+    # .iter and not __iter__: the latter would divide the row group among DataLoader workers
+    (table,) = shard.iter(batch_size=length)
+    return table
+
+
+@lru_cache(maxsize=512)
+def _of_file(dataset: "IterableDataset", file: int) -> "IterableDataset":
+    """One file of the dataset with a row group a shard. Resharding opens the files: not all of them in all workers."""
+    return dataset.shard(num_shards=dataset.num_shards, index=file).reshard()
+
+
+@lru_cache(maxsize=1)
+def _let_arrow_finish() -> None:
+    """Arrow's threads let go of Python's files a little after the last row is out. Where Python has ended by then they
+    abort the process, or hang it: apache/arrow#34314, #50482."""
+    atexit.register(time.sleep, 0.1)
