@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Layers = list[Tensor] | tuple[Tensor, ...]
+"""One (B, C_l, H_l, W_l) tensor a tap."""
+
 
 def summed(
-    anchor: Sequence[Tensor],
-    others: Iterable[Sequence[Tensor]],
+    anchor: Layers,
+    others: Iterable[Layers],
     weights: Sequence[float],
     per_sample: bool = False,
 ) -> Tensor:
@@ -23,9 +26,7 @@ def summed(
     return _Summed.apply(weights, per_sample, others, *anchor)
 
 
-def soft_nearest(
-    anchor: Sequence[Tensor], others: Iterable[Sequence[Tensor]], temperature: float, per_sample: bool = False
-) -> Tensor:
+def soft_nearest(anchor: Layers, others: Iterable[Layers], temperature: float, per_sample: bool = False) -> Tensor:
     """(L,) or (L, B): log sum_k exp(-d_l(anchor, others_k) / temperature), safe for distances of any size."""
     return _SoftNearest.apply(temperature, per_sample, others, *anchor)
 
@@ -33,30 +34,28 @@ def soft_nearest(
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weights: Sequence[float], per_sample: bool, others: Iterable[Sequence[Tensor]], *anchor: Tensor
+        ctx: Any, weights: Sequence[float], per_sample: bool, others: Iterable[Layers], *anchor: Tensor
     ) -> Tensor:
         uniform = len(set(weights)) == 1  # then the sums of signs are whole numbers, exact in bf16 too
-        signs = [torch.zeros_like(a, dtype=None if uniform else _wide(a)) for a in anchor]
-        sums = list(_zeros(anchor, per_sample))
+        wide = [a.to(_wide(a)) for a in anchor]
+        signs = [torch.zeros_like(a if uniform else w) for a, w in zip(anchor, wide, strict=True)]
+        sums = _zeros(anchor, per_sample)
         for weight, other in zip(weights, others, strict=True):
-            for total, a, o, sign in zip(sums, anchor, other, signs, strict=True):
-                difference = a.to(_wide(a)) - o
-                total += weight * total.numel() / a.numel() * _norm(difference, per_sample)
-                sign.add_(difference.sign_(), alpha=1 if uniform else weight)
+            differences = torch._foreach_sub(wide, other)
+            torch._foreach_add_(sums, _norms(differences, per_sample), alpha=weight)
+            torch._foreach_sign_(differences)
+            torch._foreach_add_(signs, differences, alpha=1 if uniform else weight)
         ctx.factor = weights[0] if uniform else 1.0
         ctx.save_for_backward(*signs)
+        torch._foreach_mul_(sums, _shares(sums, wide))
         return torch.stack(sums)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        pairs = zip(gradient, ctx.saved_tensors, strict=True)
-        return (
-            None,
-            None,
-            None,
-            *(sign * _across(g * (ctx.factor * g.numel() / sign.numel()), sign) for g, sign in pairs),
-        )
+        signs = ctx.saved_tensors
+        factors = gradients[0].unbind()
+        factors = torch._foreach_mul(factors, [ctx.factor * share for share in _shares(factors, signs)])
+        return None, None, None, *torch._foreach_mul(signs, _across(factors, signs))
 
 
 class _SoftNearest(torch.autograd.Function):
@@ -64,51 +63,55 @@ class _SoftNearest(torch.autograd.Function):
     until then by weights relative to the largest so far."""
 
     @staticmethod
-    def forward(
-        ctx: Any, temperature: float, per_sample: bool, others: Iterable[Sequence[Tensor]], *anchor: Tensor
-    ) -> Tensor:
-        signs = [torch.zeros_like(a, dtype=_wide(a)) for a in anchor]
-        total = _zeros(anchor, per_sample)
+    def forward(ctx: Any, temperature: float, per_sample: bool, others: Iterable[Layers], *anchor: Tensor) -> Tensor:
+        wide = [a.to(_wide(a)) for a in anchor]
+        signs = [torch.zeros_like(w) for w in wide]
+        total = torch.stack(_zeros(anchor, per_sample))
         largest = torch.full_like(total, -torch.inf)
         for other in others:
-            differences = [a.to(_wide(a)) - o for a, o in zip(anchor, other, strict=True)]
-            distances = [
-                _norm(d, per_sample) * (n.numel() / d.numel()) for d, n in zip(differences, total, strict=True)
-            ]
-            score = torch.stack(distances) / -temperature
+            differences = torch._foreach_sub(wide, other)
+            norms = _norms(differences, per_sample)
+            score = torch.stack(torch._foreach_mul(norms, _shares(norms, wide))) / -temperature
             before, largest = largest, torch.maximum(largest, score)
             kept, added = (before - largest).exp(), (score - largest).exp()
             total = total * kept + added
-            for sign, difference, old, new in zip(signs, differences, kept, added, strict=True):
-                sign.mul_(_across(old, sign)).add_(difference.sign_().mul_(_across(new, sign)))
+            torch._foreach_sign_(differences)
+            torch._foreach_mul_(signs, _across(kept, signs))
+            torch._foreach_addcmul_(signs, differences, _across(added, signs))
         ctx.temperature = temperature
         ctx.save_for_backward(total, *signs)
         return largest + total.log()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
         total, *signs = ctx.saved_tensors
-        factors = gradient / (-ctx.temperature * total)
-        pairs = zip(factors, signs, strict=True)
-        return None, None, None, *(sign * _across(f * (f.numel() / sign.numel()), sign) for f, sign in pairs)
+        factors = (gradients[0] / (-ctx.temperature * total)).unbind()
+        factors = torch._foreach_mul(factors, _shares(factors, signs))
+        return None, None, None, *torch._foreach_mul(signs, _across(factors, signs))
 
 
-def _zeros(anchor: Sequence[Tensor], per_sample: bool) -> Tensor:
-    """(L,) or (L, B)"""
+def _zeros(anchor: Layers, per_sample: bool) -> tuple[Tensor, ...]:
+    """L of () or (B,)"""
     shape = (len(anchor), len(anchor[0])) if per_sample else (len(anchor),)
-    return torch.zeros(shape, dtype=_wide(anchor[0]), device=anchor[0].device)
+    return torch.zeros(shape, dtype=_wide(anchor[0]), device=anchor[0].device).unbind()
 
 
-def _norm(difference: Tensor, per_sample: bool) -> Tensor:
-    dims = tuple(range(1, difference.ndim)) if per_sample else None
-    return torch.linalg.vector_norm(difference, 1, dims)
+def _norms(differences: Layers, per_sample: bool) -> Layers:
+    """L of () or (B,)"""
+    if not per_sample:
+        return torch._foreach_norm(differences, 1)
+    return [torch.linalg.vector_norm(d, 1, tuple(range(1, d.ndim))) for d in differences]
 
 
-def _across(values: Tensor, tensor: Tensor) -> Tensor:
-    """() or (B,) -> what multiplies `tensor` (B, C, H, W)."""
-    return values if values.ndim == 0 else values.view(-1, *[1] * (tensor.ndim - 1))
+def _shares(sums: Layers, tensors: Layers) -> list[float]:
+    """What makes a mean of each sum over all of a tensor, or over a sample."""
+    return [total.numel() / tensor.numel() for total, tensor in zip(sums, tensors, strict=True)]
+
+
+def _across(values: Iterable[Tensor], tensors: Layers) -> list[Tensor]:
+    """L of () or (B,) -> what multiplies each of `tensors` (B, C, H, W)."""
+    return [v.view(-1, *[1] * (t.ndim - 1)) if v.ndim else v for v, t in zip(values, tensors, strict=True)]
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

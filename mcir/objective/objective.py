@@ -1,6 +1,7 @@
 """The objective: L_rec(restored, clean) + weight * contrast(restored, clean, degraded, past)."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Annotated, Any
 
 import torch
@@ -90,7 +91,7 @@ class Objective(nn.Module):
             for name, values in self.reconstruction(output, reduced(clean, output)).items():
                 images[name] = images[name] + values
         terms = {name: values.mean() for name, values in images.items()}
-        reconstruction = torch.stack(list(terms.values())).sum()
+        reconstruction = reduce(torch.add, terms.values())
         parts = {"reconstruction": reconstruction}
         if len(terms) > 1:
             parts |= {f"reconstruction/{name}": value for name, value in terms.items()}

@@ -4,7 +4,7 @@ ranks."""
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +152,7 @@ class Engine:
         self.state.measured = {}
         optim, scale = self.config.optim, self.state.loss_scale
         set_lr(self.optimizer, optim.lr(self.state.step, self.config.steps))
-        sums: dict[str, Tensor] = {}
+        found: list[Tensor] = []
         for i, batch in enumerate(batches):
             # Dropout and drop path are functions of the step, so a resumed run draws what an uninterrupted one draws.
             place = (self.config.seed, self.state.step, i, self.accelerator.process_index)
@@ -167,18 +167,20 @@ class Engine:
                     )
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach() / len(batches)
+            found.append(torch.stack([value.detach() for value in losses.values()]))
         self.state.skipped_in_a_row = (self.state.skipped_in_a_row + skipped) * skipped
         self.most_skipped = torch.maximum(self.most_skipped, self.state.skipped_in_a_row)
         if self.ema:
             self.ema.update(self.state.step)
-        agreed = self._agreed(sums)
+        means = torch.stack(found).mean(0)
+        # Gathered and not reduced: all ranks add the same numbers in the same order, and decide the same by them.
+        gathered = self.accelerator.gather(means[None]).mean(0)
+        agreed = dict(zip(losses, gathered.unbind(), strict=True))
         self.negatives.update(self.state.step, agreed.get("error"))
         self.objective.follow(agreed)
         if self.state.watch:
             self.state.watch.see(self.state.step, agreed["reconstruction"], agreed.get("contrast"), norm)
-        return {**sums, "grad_norm": norm, "skipped": skipped}
+        return {**dict(zip(losses, means.unbind(), strict=True)), "grad_norm": norm, "skipped": skipped}
 
     def _losses(self, batch: Batch, place: tuple[int, int, int]) -> dict[str, Tensor]:
         """Of one micro-batch on this rank, with gradients; `place` (seed, step, micro-batch) seeds what the negatives
@@ -190,13 +192,6 @@ class Engine:
             if self.negatives.has_triggers:
                 losses["error"] = restoration_error(restored, batch.clean)
             return losses if batch.weight == 1 else {name: value * batch.weight for name, value in losses.items()}
-
-    def _agreed(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The means over ranks of what decisions are made by. Gathered and not reduced: all ranks add the same numbers
-        in the same order. Collective."""
-        names = [name for name in ("reconstruction", "contrast", "error") if name in sums]
-        values = self.accelerator.gather(torch.stack([sums[name] for name in names])[None]).mean(0)
-        return dict(zip(names, values, strict=True))
 
     def fit(self) -> int:
         """Train from where the run is to its end or to a stop signal; the exit code. Collective."""

@@ -28,17 +28,15 @@ class Watch:
 
     def __init__(self, config: WatchConfig, device: torch.device) -> None:
         self.config = config
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        self.count = zeros()
-        self.mean, self.variance = zeros(2), zeros(2)  # of the loss and of the logarithm of the gradient norm
-        self.run, self.since = zeros(2), zeros(2)  # of WHAT: steps in a row out of the band, and the first of them
-        self.spikes, self.highest = zeros(2), zeros(2)  # since the last report, of what `mean` is of
+        # One tensor, of which the others are pieces, so that a step writes it at once.
+        self._state = torch.zeros(12, dtype=torch.float64, device=device)
+        self.count, pairs, self.last = self._state[0], self._state[1:9].view(4, 2), self._state[9:]
+        self.mean, self.variance = pairs[:2]  # of the loss and of the logarithm of the gradient norm
+        self.run, self.since = pairs[2:]  # of WHAT: steps in a row out of the band, and the first of them
+        self._least = self._state.new_tensor([[LEAST_DEVIATION[0], 0.0], [0.0, LEAST_DEVIATION[1]]])
+        self.spikes, self.highest = self._state.new_zeros(2, 2)  # since the last report, of what `mean` is of
         self.gate = torch.ones((), device=device)
         """Factor of the loss: 1, or nan when the run is to stop."""
-        self.closing = zeros(4)  # step, reconstruction, contrast and mean loss when it closed
         self.best_psnr = torch.zeros((), dtype=torch.float64)  # read on the host
 
     def state(self) -> dict[str, Tensor]:
@@ -48,28 +46,38 @@ class Watch:
 
     @torch.no_grad()
     def see(self, step: int, reconstruction: Tensor, contrast: Tensor | None, norm: Tensor) -> None:
-        """Take in a step's numbers, equal on all ranks. No host sync."""
+        """Take in a step's numbers, equal on all ranks. No host sync, and few operators, each of which is a launch."""
+        now = torch.full_like(self.count, step)
         contrast = torch.zeros_like(reconstruction) if contrast is None else contrast
-        seen = torch.stack([reconstruction, norm.to(reconstruction.dtype).clamp(min=1e-30).log()]).double()
-        usable = seen.isfinite().all() & contrast.isfinite() & self.gate.isfinite()
-        deviation = torch.maximum(self.variance.sqrt(), self._least())
-        above = (seen - self.mean) / deviation
-        spiked = usable & (self.count >= WARMUP) & (above > self.config.deviations)
+        given = torch.stack([reconstruction, norm, now, reconstruction, contrast, self.gate])
+        given[1].clamp_(min=1e-30).log_()
+        seen, last = given[:2], given[2:5]
+        usable = (given - given).sum() == 0  # not of what is no number, nor behind a closed gate
+        deviation = self.deviation()
+        difference = seen - self.mean
+        above = difference / deviation
+        trusted = self.count >= WARMUP
+        spiked = (above > self.config.deviations) & trusted & usable
         self.spikes += spiked
-        self.highest.copy_(torch.where(spiked, torch.maximum(self.highest, seen), self.highest))
-        out = torch.stack([usable & (-contrast > self.config.max_share * reconstruction.abs()), spiked[0]])
-        self.run.copy_(torch.where(usable, (self.run + 1) * out, self.run))
-        self.since.copy_(torch.where(usable & (self.run == 1), step, self.since))
-        closes = usable & (self.run >= self.config.patience).any()
-        now = torch.stack([torch.full_like(seen[0], step), seen[0], contrast.double(), self.mean[0]])
-        self.closing.copy_(torch.where(closes, now, self.closing))
-        self.gate.copy_(torch.where(closes, torch.nan, self.gate))
+        torch.where(spiked, torch.maximum(self.highest, seen), self.highest, out=self.highest)
+        lowered = torch.add(contrast, reconstruction.abs(), alpha=self.config.max_share) < 0
+        run = (self.run + 1) * torch.stack([lowered, spiked[0]])
+        since = torch.where(run == 1, now, self.since)
 
-        moved = torch.where(self.count >= WARMUP, above.clamp(-CLIP, CLIP) * deviation, seen - self.mean)
-        rate = torch.clamp(1 / (self.count + 1), min=1 - DECAY)  # a plain mean at first
-        self.variance.copy_(torch.where(usable, (1 - rate) * (self.variance + rate * moved**2), self.variance))
-        self.mean.copy_(torch.where(usable, self.mean + rate * moved, self.mean))
-        self.count += usable
+        moved = torch.where(trusted, above.clamp(-CLIP, CLIP) * deviation, difference)
+        count = self.count + 1
+        rate = count.reciprocal().clamp(min=1 - DECAY)  # a plain mean at first
+        moves = rate * moved
+        variance = torch.addcmul(self.variance, moves, moved)
+        variance = torch.addcmul(variance, variance, rate, value=-1)
+        new = torch.cat([count[None], self.mean + moves, variance, run, since, last])
+        torch.where(usable, new, self._state, out=self._state)
+        self.gate.masked_fill_((self.run >= self.config.patience).any() & usable, torch.nan)
+
+    def deviation(self) -> Tensor:
+        """Of the loss and of the logarithm of the gradient norm, no less than the least."""
+        share, floor = self._least
+        return torch.maximum(self.variance.sqrt(), torch.addcmul(floor, share, self.mean.abs()))
 
     @property
     def in_trouble(self) -> bool:
@@ -89,7 +97,7 @@ class Watch:
         if self.has_closed:
             raise UserError(self._stopped(folder))
         spikes, highest, mean = self.spikes.tolist(), self.highest.tolist(), self.mean.tolist()
-        deviation = torch.maximum(self.variance.sqrt(), self._least())[0].item()
+        deviation = self.deviation()[0].item()
         self.spikes.zero_()
         self.highest.fill_(-torch.inf)
         scalars = {"watch/loss_spikes": spikes[0], "watch/grad_norm_spikes": spikes[1]}
@@ -117,11 +125,8 @@ class Watch:
             "look at the pictures; the best checkpoint is kept (checkpoint.keep_best)"
         )
 
-    def _least(self) -> Tensor:
-        return torch.stack([LEAST_DEVIATION[0] * self.mean[0].abs(), torch.full_like(self.mean[0], LEAST_DEVIATION[1])])
-
     def _stopped(self, folder: Path) -> str:
-        step, reconstruction, contrast, mean = self.closing.tolist()
+        (step, reconstruction, contrast), mean = self.last.tolist(), float(self.mean[0])
         which = int(self.run.argmax())
         since = int(self.since[which])
         good = last_before(folder, since)
