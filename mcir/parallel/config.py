@@ -27,6 +27,9 @@ class ComputeConfig(Section):
     cudnn_benchmark: bool = False
     """Whether cuDNN times its algorithms on the first steps and takes the fastest (GPUs). Another start may choose
     another one, so resuming is then no longer exact to the bit."""
+    cuda_graphs: bool = False
+    """Whether target, negatives and features are each recorded once for each shape and replayed as one launch (GPUs,
+    single and ddp), for networks that wait for their launches. With `compile` the whole network is fused first."""
     stack_negatives: bool = False
     """Whether the K negatives compute as one network with K weights (torch.vmap): fewer and larger launches on a GPU,
     for a network that is small enough to wait for them."""

@@ -30,8 +30,12 @@ def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> 
     scale, crop = config.arch.descriptor.scale, min(phase.crop_size for phase in config.phases)
     with torch.random.fork_rng(), autocast(accelerator):
         tried = deepcopy(net).to(accelerator.device)
-        if config.compute.compile:
-            compile_blocks(tried, config.arch.descriptor, backend="eager")  # traced, not turned into machine code
+        asked, unit = "compute.compile", "each block"
+        if config.compute.cuda_graphs:  # traced, not turned into machine code
+            asked, unit = "compute.cuda_graphs", "the whole of it"
+            tried.compile(fullgraph=True, dynamic=False, backend="eager")
+        elif config.compute.compile:
+            compile_blocks(tried, config.arch.descriptor, backend="eager")
         # two samples: statistics over a batch of one, where the features are a pixel, are none
         image = torch.rand(2, 3, crop // scale, crop // scale, device=accelerator.device)
         try:
@@ -40,9 +44,9 @@ def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> 
             raise
         except Exception as error:
             failed = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            if config.compute.compile:
+            if config.compute.cuda_graphs or config.compute.compile:
                 raise UserError(
-                    f"the network cannot be trained with compute.compile, where each block must be one graph: {failed}"
+                    f"the network cannot be trained with {asked}, where {unit} must be one graph: {failed}"
                 ) from error
             raise UserError(
                 f"the network cannot be trained: with data.crop_size {crop} {tuple(image.shape)} ends in {failed}"

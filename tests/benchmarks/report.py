@@ -280,7 +280,8 @@ def gpu() -> str:
             "No GPU was at hand for this page. `bash tests/gpu/run.sh FOLDER` checks and times a checkout on one in at "
             "most eight minutes: the suite's essentials, every launch file with one process in bf16 and fp32 (40 "
             "steps, stopped and resumed), then the three networks of the first table in bf16, bf16 with "
-            "`compute.cudnn_benchmark`, tf32 and fp32. FOLDER gets `results.json` and `report.md`, which is this "
+            "`compute.cuda_graphs`, that compiled, `compute.cudnn_benchmark` and `compute.stack_negatives`, tf32 and "
+            "fp32. FOLDER gets `results.json` and `report.md`, which is this "
             "section. Without a GPU the same script runs with small sizes."
         )
     with tempfile.TemporaryDirectory() as folder:

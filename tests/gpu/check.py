@@ -32,6 +32,7 @@ STEPS = 40 if ON_GPU else 4
 ESSENTIALS = [  # what every other number rests on; -m gpu tests are skipped where there is none
     "tests/parallel",
     "tests/train/test_engine.py",
+    "tests/train/test_graphs.py",
     "tests/objective/test_negatives.py",
     "tests/train/test_ema.py",
 ]
@@ -41,13 +42,15 @@ if not ON_GPU:
     QUICKSTART += ["batch_size=2", "data.crop_size=32", "arch.num_features=8", "arch.num_blocks=1"]
 SETTINGS = {  # of a step of each network, the most telling first
     "bf16": ["compute.precision=bf16"],
+    "bf16, CUDA graphs": ["compute.precision=bf16", "compute.cuda_graphs=true"],
+    "bf16, compiled CUDA graphs": ["compute.precision=bf16", "compute.cuda_graphs=true", "compute.compile=true"],
     "bf16, cudnn.benchmark": ["compute.precision=bf16", "compute.cudnn_benchmark=true"],
     "bf16, stacked negatives": ["compute.precision=bf16", "compute.stack_negatives=true"],
     "tf32": ["compute.precision=tf32"],
     "fp32": ["compute.precision=fp32"],
 }
 if not ON_GPU:
-    del SETTINGS["tf32"], SETTINGS["bf16, cudnn.benchmark"]
+    del SETTINGS["tf32"], SETTINGS["bf16, cudnn.benchmark"], SETTINGS["bf16, compiled CUDA graphs"]
 
 
 @dataclass
