@@ -230,16 +230,16 @@ def _read_group(
     group = groups[unit]
     file = files[group.file]
     try:
-        table = retried(
-            lambda: read(group.file, group.index, group.length), file, storage.PATIENT_S if _is_of_a_store(file) else ()
-        )
+        pauses_s = storage.PATIENT_S if _is_of_a_store(file) else ()
+        table = retried(lambda: read(group.file, group.index, group.length), file, pauses_s)
         nothing: list[Any] = [None] * group.length
         columns = {part: _files(table[column]) for part, column in stored.items() if part != "key"}
         keys = _keys(table[stored["key"]]) if "key" in stored else nothing
         further = [part for part in columns if part.startswith(EXTRA)]
         images = zip(columns["clean"], columns.get("degraded", nothing), *map(columns.get, further), strict=True)
         names = [part.removeprefix(EXTRA) for part in further]
-        name = os.path.relpath(file, os.path.commonpath([os.path.dirname(file) for file in files]))
+        if None in keys:
+            name = os.path.relpath(file, os.path.commonpath([os.path.dirname(file) for file in files]))
         rows: Sequence[Row | UserError]
         rows = [
             _row(f"{name.removesuffix('.parquet')}-{number}" if key is None else key, image, names, file, number)
@@ -292,11 +292,10 @@ def _files(column: "pa.ChunkedArray") -> list[_File | None]:
     """The image files of a column, which are not copied (but for types that Parquet does not know: its memory lives
     until the last of them is gone), or their paths."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     files: list[_File | None]
     if pa.types.is_struct(column.type):
-        fields = {field.name: pc.struct_field(column, field.name) for field in column.type}
+        fields = dict(zip((field.name for field in column.type), column.flatten(), strict=True))
         files = _files(fields["bytes"]) if "bytes" in fields else [None] * len(column)
         if None in files and "path" in fields:
             paths = fields["path"].to_pylist()

@@ -175,7 +175,7 @@ def _turn(augment: Augment, rng: np.random.Generator) -> tuple[bool, bool, bool]
     """Whether to flip vertically and horizontally, and then to transpose."""
     vertical = horizontal = transpose = False
     if augment == "dihedral":
-        vertical, horizontal, transpose = (bool(bit) for bit in rng.integers(2, size=3))
+        vertical, horizontal, transpose = (bool(rng.integers(2)) for _ in range(3))
     elif augment == "hflip":
         horizontal = bool(rng.integers(2))
     elif augment == "flips":
