@@ -14,7 +14,7 @@ from mcir.data.mixup import Mixup
 from mcir.data.order import VERSION, Mixture, Order, share
 from mcir.data.rows import Row, Units
 from mcir.data.sources import AnySource
-from mcir.data.transforms import Augment, Pixels, training_pair
+from mcir.data.transforms import Augment, Kept, Pixels, training_pair
 from mcir.errors import UserError
 from mcir.section import Section
 
@@ -58,6 +58,9 @@ class DataConfig(Section):
     shuffle_buffer: PositiveInt = 1024
     """Undecoded rows of a source that all processes together hold for shuffling, beside the row groups that are
     open: two for each sample of a batch at most."""
+    keep_mib: NonNegativeInt = 256
+    """MiB of decoded images that each loader process may hold, so that small datasets are decoded once and not once an
+    epoch. All images have an equal share of it; those of more bytes (and of 16 bits) are decoded each time."""
     on_error: Literal["fail", "skip"] = "fail"
     """What a row that cannot be used does: stop the run, or be left out of its batch, counted and logged: its place
     adds nothing to the gradient. A row group or tar that turns unreadable counts row by row; what cannot be found or
@@ -136,15 +139,22 @@ class SampleStream:
             self.mixture = Mixture.of(weights, seed, num_lanes)
         except ValueError as error:
             raise UserError(f"data.train: {error}") from error
+        beside_clean = [
+            len((*columns, *(t.degradation.columns if t.degradation else ["degraded"]))) for t in data.train
+        ]
+        num_images = sum(rows * (1 + beside) for rows, beside in zip(num_rows, beside_clean, strict=True))
+        self.kept_bytes = data.keep_mib * 2**20 // num_images
+        """Of an image that each worker keeps."""
         decides = (VERSION, seed, num_lanes, data.shuffle_buffer, self.mixture.counts, [u.lengths for u in self.units])
         self.order = f"{zlib.crc32(repr(decides).encode()):08x}"
         """Of what decides which sample is the n-th."""
 
     def samples(self, position: int, reader: Reader, crop_size: int) -> Iterator[Sample | Failure]:
         """Those that `reader` decodes from `position`, where a batch begins, on, for ever."""
+        kept = [Kept(self.kept_bytes) for _ in self.units]
         for which, epoch, unit, row in self._dealt(position, reader):
             if unit.worker == reader.worker:
-                yield self._sample(which, epoch, unit, row, crop_size)
+                yield self._sample(which, epoch, unit, row, crop_size, kept[which])
 
     def sides(self, crop_size: int) -> list[int]:
         """Of a sample's images."""
@@ -179,7 +189,7 @@ class SampleStream:
                 yield which, *streams[which].find(index)
             position += self.num_lanes
 
-    def _sample(self, which: int, epoch: int, unit: "_Unit", at: int, crop_size: int) -> Sample | Failure:
+    def _sample(self, which: int, epoch: int, unit: "_Unit", at: int, crop_size: int, kept: Kept) -> Sample | Failure:
         train = self.data.train[which]
         row = unit.rows[at]
         if isinstance(row, UserError):
@@ -198,6 +208,7 @@ class SampleStream:
                 self.data.small_images == "reflect",
                 self.columns,
                 self.data.degrade_on_device,
+                kept,
             )
         except UserError as error:
             return Failure(str(error))

@@ -5,6 +5,7 @@ Images are (3, H, W), uint8 (or float32 in [0, 1] where the file holds 16 bits).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,32 @@ Augment = Literal["dihedral", "hflip", "flips", "none"]
 """`dihedral`: the 8 flips and rotations; `hflip`: mirrored or not; `flips`: half of the images as they are, a quarter
 mirrored each way (as IDT trains); `none`."""
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Decoded images of one source, so that a process decodes them once and not once an epoch: those of 8 bits and of
+    at most `num_bytes`, whole."""
+
+    num_bytes: int = 0
+    images: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
+
+    def decoded(self, row: Row, column: str, bottom: int | None = None) -> Tensor:
+        """As `decode` gives it, and not to be written to."""
+        data = {**row.extra, "clean": row.clean, "degraded": row.degraded}[column]
+        assert data is not None
+        where = f"{row.where}, {column}"
+        if not self.num_bytes:
+            return decode(data, where, bottom)
+        name = row.where, row.key, column  # by the former alone a clean image may have several degraded ones
+        if name in self.images:
+            return self.images[name]
+        height, width = image_size(data, where)
+        is_kept = 3 * height * width <= self.num_bytes
+        image = decode(data, where, None if is_kept else bottom)
+        if is_kept and image.dtype == torch.uint8:
+            self.images[name] = image
+        return image
 
 
 def validation_pair(
@@ -49,17 +76,19 @@ def training_pair(
     reflect_small: bool = False,
     columns: Sequence[str] = (),
     undegraded: bool = False,
+    kept: Kept | None = None,
 ) -> tuple[Pixels, ...]:
     """(degraded, clean, those of further `columns`): the same random window of all, `crop_size` pixels square, degraded
     crop_size / scale; views with any strides, which are copied once, into their batch. `undegraded`, for bicubic: in
     place of the pair the clean crop with what `shrink` reaches around it, 2 * scale pixels on each side, and, as an
     image of one pixel, whether both are still to be transposed, since rows are made smaller before columns.
 
-    Images are decoded as far down as the window reaches.
+    Images are decoded as far down as the window reaches, or taken from those `kept`.
 
     UserError where the pair's sizes do not fit each other, or the image is smaller than the crop and `reflect_small`,
     which mirrors it at its lower and right border, is not set, or `undegraded` has more than 8 bits.
     """
+    kept = kept or Kept()
     height, width = _degraded_size(row, scale, degradation)
     size = crop_size // scale
     is_small = height < size or width < size
@@ -76,7 +105,7 @@ def training_pair(
         below += 2 * scale  # its kernel reaches beyond the crop
     elif isinstance(degradation, Chain):
         below += degradation.window_size
-    clean = decode(row.clean, f"{row.where}, clean", bottom=below)
+    clean = kept.decoded(row, "clean", below)
     if is_small:
         clean = _reflected(clean[:, : height * scale, : width * scale], crop_size)
     if isinstance(degradation, Bicubic):
@@ -96,13 +125,13 @@ def training_pair(
     clean = clean[:, y, x]
 
     def further(name: str) -> Tensor:
-        image = _further(row, name, bottom=y.stop)
+        image = _further(row, name, y.stop, kept)
         if is_small:
             image = _reflected(image[:, : height * scale, : width * scale], crop_size)
         return image[:, y, x]
 
     if row.degraded is not None:
-        degraded = decode(row.degraded, f"{row.where}, degraded", bottom=top + size)
+        degraded = kept.decoded(row, "degraded", top + size)
         if is_small:
             degraded = _reflected(degraded, size)
         degraded = degraded[:, top : top + size, left : left + size]
@@ -117,7 +146,7 @@ def training_pair(
     return _turned(degraded, *turn), _turned(clean, *turn), *others
 
 
-def _further(row: Row, column: str, bottom: int | None = None) -> Tensor:
+def _further(row: Row, column: str, bottom: int | None = None, kept: Kept | None = None) -> Tensor:
     """The image of a further column, (3, H, W) as clean. UserError where it has another size."""
     found, wanted = image_size(row.extra[column], f"{row.where}, {column}"), image_size(row.clean, row.where)
     if found != wanted:
@@ -125,7 +154,7 @@ def _further(row: Row, column: str, bottom: int | None = None) -> Tensor:
             f"{row.where}: {column} is {found[0]} x {found[1]} and clean {wanted[0]} x {wanted[1]}: they should be of "
             "one size"
         )
-    return decode(row.extra[column], f"{row.where}, {column}", bottom=bottom)
+    return (kept or Kept()).decoded(row, column, bottom)
 
 
 def _reflected(image: Tensor, least: int) -> Tensor:

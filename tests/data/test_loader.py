@@ -78,6 +78,16 @@ def test_the_same_samples_for_any_workers_and_world_size_from_any_position(folde
             break  # starting worker processes is slow
 
 
+def test_kept_images_give_the_same_samples(folder, tmp_path):
+    """In each of three epochs. Every image, degraded ones and further columns too, has an equal share of `keep_mib`."""
+    assert samples(config(folder), 8) == samples(config(folder, keep_mib=0), 8)
+    train = [{"source": {"format": "parquet", "path": str(folder)}, "degradation": BICUBIC}]
+    pairs = write_dataset(tmp_path, num_rows=10, scale=2, extra=["haze"])
+    train.append({"source": {"format": "parquet", "path": str(pairs)}})
+    assert SampleStream(config(folder, train=train, keep_mib=2), 2, 3, 4).kept_bytes == 2**21 // (31 + 2 * 10)
+    assert SampleStream(config(pairs, train=train[1:], keep_mib=2), 2, 3, 4, ["haze"]).kept_bytes == 2**21 // 30
+
+
 def test_crops_are_aligned_and_equal_the_degraded_whole(folder):
     """The degraded crop is a window of the whole image resized, and its clean crop the matching window."""
     originals = {row.key: row for row in ParquetSource(path=str(folder)).open()}

@@ -8,7 +8,7 @@ from PIL import Image
 from mcir.data.degrade import Bicubic, Haze
 from mcir.data.resize import imresize
 from mcir.data.rows import Row
-from mcir.data.transforms import training_pair, validation_pair
+from mcir.data.transforms import Kept, training_pair, validation_pair
 from mcir.errors import UserError
 
 
@@ -26,11 +26,15 @@ def picture(height: int, width: int) -> np.ndarray:
 
 
 def windows(row: Row, crop_size: int, scale: int, degradation: Bicubic | Haze | None) -> set[int]:
-    """Compares 60 training pairs with the same windows of the whole images; the tops that came."""
+    """Compares 60 training pairs with the same windows of the whole images, and with those of kept images; the tops
+    that came."""
     degraded, clean = validation_pair(row, scale, degradation, np.random.default_rng(0))
-    tops = set()
+    tops, kept = set(), Kept(10**6)
     for seed in range(60):
         low, high = training_pair(row, crop_size, scale, degradation, "none", np.random.default_rng(seed))
+        again = training_pair(row, crop_size, scale, degradation, "none", np.random.default_rng(seed), kept=kept)
+        for image, same in zip((low, high), again, strict=True):
+            np.testing.assert_array_equal(image, same)
         top, left = int(high[0, 0, 0]), int(high[1, 0, 0])
         assert (top % scale, left % scale) == (0, 0)
         np.testing.assert_array_equal(high, clean[:, top : top + crop_size, left : left + crop_size])
@@ -65,6 +69,25 @@ def test_haze_over_a_column_of_depth():
     ):
         with pytest.raises(UserError, match="here: d is 80 x 70 and clean 90 x 70: they should be of one size"):
             pair()
+
+
+def test_kept_images_are_decoded_once():
+    """They come though the file has no more than a header since; of one clean image each degraded one is kept."""
+    clean, deep = picture(20, 30), np.random.default_rng(1).integers(0, 2**16, (20, 30), dtype=np.uint16)
+    files = {name: encode(picture) for name, picture in (("a", clean), ("b", 255 - clean))}
+    kept = Kept(3 * 20 * 30)
+    for cut in (None, 45):
+        for key, file in files.items():
+            row = Row(key, files["a"][:cut], file[:cut], "here", {"d": encode(deep)[:cut]})
+            degraded, same = training_pair(row, 20, 1, None, "none", np.random.default_rng(0), kept=kept)
+            left = int(same[1, 0, 0])
+            np.testing.assert_array_equal(same, clean[:, left : left + 20].transpose(2, 0, 1))
+            np.testing.assert_array_equal(degraded, same if key == "a" else 255 - same)
+    with pytest.raises(UserError, match="here, d: the PNG image is truncated"):  # 16 bits
+        kept.decoded(row, "d")
+    with pytest.raises(UserError, match="here, clean: the PNG image is truncated"):
+        Kept(3 * 20 * 30 - 1).decoded(row, "clean")
+    assert len(kept.images) == 4
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
