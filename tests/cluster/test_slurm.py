@@ -1,4 +1,4 @@
-"""launch/slurm/train.sbatch on a real Slurm of two nodes: preemption, a crash and a time limit cost only time."""
+"""launch/slurm on a real Slurm of two nodes: preemption, a crash and a time limit cost only time."""
 
 import json
 import os
@@ -20,6 +20,7 @@ from tests.runs import tiny_config
 pytestmark = pytest.mark.cluster
 
 SCRIPT = ROOT / "launch" / "slurm" / "train.sbatch"
+STUDY = ROOT / "launch" / "slurm" / "study.sbatch"
 STEPS = 400
 
 
@@ -210,3 +211,27 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm, tmp_path):
     assert saved[-1].name == f"step-{job.record()['step']:08d}"
     time.sleep(3)
     assert job.state() == "CANCELLED"
+
+
+def test_an_array_trains_a_study_that_is_reported_when_it_has_ended(slurm, tmp_path):
+    values = tiny_config(tmp_path, steps=4)
+    values["validation"] = {"every": 4, "sets": {"seen": values["data"]["train"][0] | {"protocol": "sr"}}}
+    base = write_config(tmp_path / "base.yaml", values)
+    arms = [
+        write_config(tmp_path / "plain.yaml", {"objective": {"contrast": None}}),
+        write_config(tmp_path / "spn.yaml", {"seed": 0}),
+    ]
+    arguments = list(map(str, [base, "--arms", *arms, "--seeds", 1, "--output", tmp_path / "study"]))
+    options = ["--parsable", "--array=0-1", f"--chdir={ROOT}", f"--output={tmp_path}/%a.out", str(STUDY)]
+    python = {"MCIR_PYTHON": f"env WRAPPED=1 {sys.executable}"}
+    job = slurm.run("sbatch", *options, *arguments, **environment() | python).strip()
+    assert job.isdigit(), job
+    deadline = time.monotonic() + 600
+    while slurm.run("squeue", "--noheader", "--jobs", job):
+        assert time.monotonic() < deadline, (tmp_path / "0.out").read_text()
+        time.sleep(0.5)
+    reported = run("single", "study", *arguments, "--report-only")
+    assert reported.returncode == 0, reported.stdout
+    assert "1 of 1" in reported.stdout
+    records = [json.loads(file.read_text()) for file in (tmp_path / "study" / "runs").glob("*/run.json")]
+    assert [record["state"] for record in records] == ["finished"] * 2
