@@ -1,39 +1,50 @@
 """The network that `swinir.py` describes, apart from it: spandrel imports torchvision, which takes as long as torch.
 
 spandrel's modules hold the weights, under the official keys. What they compute is computed here otherwise: the features
-of a group stay in the order of windows from block to block, so that a block knows of no shift and no image (one
-compiled graph serves all of them), and its attention adds bias and mask in one.
+go straight from the order of one block's windows into that of the next one's, so that a block knows of no shift and no
+image (one compiled graph serves all of them), its attention adds bias and mask in one, and what stochastic depth leaves
+out is drawn for all blocks at once.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from spandrel.architectures.SwinIR import SwinIR as SpandrelSwinIR
 from spandrel.architectures.SwinIR.__arch import SwinIR as official
 from torch import Tensor
 
 from mcir.archs.attention import attend
-from mcir.archs.base import DropPath
 
 Size = tuple[int, int]
 
 
-def to_windows(x: Tensor, size: Size, window: int, shift: int) -> Tensor:
-    """(B, H * W, C), pixels in the order of the image -> same, window by window of the image rolled by `shift`."""
-    x = x.unflatten(1, size)
-    x = x.roll((-shift, -shift), (1, 2)) if shift else x
-    return rearrange(x, "b (rows y) (cols x) c -> b (rows cols y x) c", y=window, x=window)
+def pixels(size: Size, window: int, shift: int | None, device: torch.device) -> Tensor:
+    """(H * W,): the pixels, numbered as they are read, window by window of the image rolled by `shift`; None: as they
+    are read."""
+    image = torch.arange(size[0] * size[1], device=device).view(size)
+    if shift is None:
+        return image.flatten()
+    return rearrange(image.roll((-shift, -shift), (0, 1)), "(rows y) (cols x) -> (rows cols y x)", y=window, x=window)
 
 
-def to_image(x: Tensor, size: Size, window: int, shift: int) -> Tensor:
-    """The inverse of `to_windows`."""
-    rows = size[0] // window
-    x = rearrange(x, "b (rows cols y x) c -> b (rows y) (cols x) c", rows=rows, y=window, x=window)
-    return (x.roll((shift, shift), (1, 2)) if shift else x).flatten(1, 2)
+@lru_cache(maxsize=16)
+@torch.inference_mode(mode=False)
+def order(
+    size: Size, window: int, shifts: tuple[int | None, int | None], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Where, in the order of the first shift, what comes next in the order of the second one is; and its inverse."""
+    before, after = (pixels(size, window, shift, device) for shift in shifts)
+    places = before.argsort()[after]
+    return places, places.argsort()
 
 
-def shift_mask(window: int, shift: int, size: Size, device: torch.device) -> Tensor:
+@lru_cache(maxsize=2)  # of large images they are large
+@torch.inference_mode(mode=False)
+def shift_mask(size: Size, window: int, shift: int, device: torch.device) -> Tensor:
     """What to add to the attention scores so that pixels rolled in from the far side do not attend to the others.
 
     0 or -100, (windows, N, N) with N = window^2; all 0 without a shift.
@@ -44,45 +55,74 @@ def shift_mask(window: int, shift: int, size: Size, device: torch.device) -> Ten
     return -100.0 * (origin[:, None] != origin[:, :, None])
 
 
+class _Reordered(torch.autograd.Function):
+    """Its gradient is reordered too; torch's own would be added up into zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(1, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0].index_select(1, *ctx.saved_tensors), None, None
+
+
 class Attention(official.WindowAttention):
-    """(B, windows * N, C), (windows, N, N) -> (B, windows * N, C)"""
+    """(B * windows * N, C), (windows, N, N) -> first's shape."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         num_windows, num_pixels, _ = mask.shape
-        qkv = self.qkv(x).view(len(x), num_windows, num_pixels, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)  # each (B, windows, heads, N, D)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (heads, N, N)
-        attended = attend(q, k, v, bias + mask.to(bias.dtype)[:, None])
+        qkv = self.qkv(x).view(-1, num_windows, num_pixels, 3, self.num_heads, self.dim // self.num_heads)
+        bias = F.embedding(self.relative_position_index, self.relative_position_bias_table)  # (N, N, heads)
+        bias = bias.permute(2, 0, 1).contiguous()  # laid out as what it is added to
+        attended = attend(qkv.permute(3, 0, 1, 4, 2, 5), bias, mask)  # (B, windows, heads, N, D)
         return self.proj(attended.transpose(2, 3).reshape(x.shape))
 
 
+class Mlp(official.Mlp):
+    """Without the dropout, whose rate is 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
 class SwinTransformerBlock(official.SwinTransformerBlock):
-    """Attention inside windows and MLP, each with a skip. (B, windows * N, C), (windows, N, N) -> first's shape."""
+    """Attention inside windows and MLP, each with a skip. (B, windows * N, C), (windows, N, N) -> first's shape.
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x), mask))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    `kept` (2, B, 1, 1): in training, what each sample's branches are multiplied by.
+    """
+
+    def forward(self, x: Tensor, mask: Tensor, kept: Tensor | None) -> Tensor:
+        attended = self.attn(self.norm1(x).flatten(0, 1), mask).view(x.shape)
+        x = x + attended if kept is None else torch.addcmul(x, attended, kept[0])
+        enriched = self.mlp(self.norm2(x).flatten(0, 1)).view(x.shape)
+        return x + enriched if kept is None else torch.addcmul(x, enriched, kept[1])
 
 
-class Blocks(official.BasicLayer):
-    """The blocks of a group, every second one in shifted windows. (B, H * W, C) -> same."""
+class Group(official.RSTB):
+    """Blocks, every second one in shifted windows, and a convolution, with a skip. (B, H * W, C) -> same."""
 
-    def forward(self, x: Tensor, size: Size) -> Tensor:
-        masks = {
-            block.shift_size: shift_mask(block.window_size, block.shift_size, size, x.device)
-            for block in self.blocks[:2]
-        }
-        for block in self.blocks:
-            x = to_windows(x, size, block.window_size, block.shift_size)
-            x = block(x, masks[block.shift_size])
-            x = to_image(x, size, block.window_size, block.shift_size)
-        return x
+    def forward(self, x: Tensor, size: Size, kept: Sequence[Tensor | None]) -> Tensor:
+        y, before = x, None
+        for block, k in zip(self.residual_group.blocks, kept, strict=True):
+            window, shift = block.window_size, block.shift_size
+            if shift != before:
+                y = self._reordered(y, order(size, window, (before, shift), x.device))
+            y, before = block(y, shift_mask(size, window, shift, x.device), k), shift
+        y = self._reordered(y, order(size, window, (before, None), x.device))
+        return self.patch_embed(self.conv(self.patch_unembed(y, size))) + x
+
+    @staticmethod
+    def _reordered(x: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
+        return _Reordered.apply(x, *places) if torch.is_grad_enabled() else x.index_select(1, places[0])
 
 
 EXCHANGED = {
     official.WindowAttention: Attention,
+    official.Mlp: Mlp,
     official.SwinTransformerBlock: SwinTransformerBlock,
-    official.BasicLayer: Blocks,
+    official.RSTB: Group,
 }
 
 
@@ -93,15 +133,39 @@ class SwinIR(SpandrelSwinIR):
     """
 
     rgb_mean: Tensor
+    keep: Tensor
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.register_buffer("rgb_mean", self.mean, persistent=False)
+        rates = []
         for module in self.modules():
             module.__class__ = EXCHANGED.get(type(module), type(module))
             if isinstance(module, SwinTransformerBlock):
-                module.drop_path = DropPath(getattr(module.drop_path, "drop_prob", 0.0))
+                rates += 2 * [getattr(module.drop_path, "drop_prob", 0.0)]
+        self.stochastic, keep = any(rates), torch.tensor([1 - rate for rate in rates])
+        self.register_buffer("keep", keep.view(-1, 1, 1, 1), persistent=False)  # (branches, 1, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         self.mean = self.rgb_mean
         return super().forward(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The groups. (B, C, H, W) -> same."""
+        size = x.shape[2:]
+        kept = self._drawn(x)
+        x = self.patch_embed(x)
+        for group in self.layers:
+            blocks = len(group.residual_group.blocks)
+            x = group(x, size, kept[:blocks])
+            kept = kept[blocks:]
+        return self.patch_unembed(self.norm(x), size)
+
+    def _drawn(self, x: Tensor) -> Sequence[Tensor | None]:
+        """Of each block (2, B, 1, 1): 0 where a sample's branch is left out and else what makes up for those that are;
+        None where none is."""
+        num_blocks = len(self.keep) // 2
+        if not (self.training and self.stochastic):
+            return [None] * num_blocks
+        drawn = torch.rand(len(self.keep), len(x), 1, 1, device=x.device)
+        return ((drawn < self.keep) / self.keep).to(x.dtype).view(num_blocks, 2, -1, 1, 1).unbind()

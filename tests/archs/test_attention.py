@@ -8,14 +8,13 @@ from mcir.archs.attention import attend_fused, attend_plainly
 @pytest.mark.parametrize("windows", [3, 1])
 def test_equals_the_formula_in_value_and_gradients(attend, windows):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 4, 9, 5, dtype=torch.double) for _ in range(3))  # (B, windows, heads, N, D)
-    bias = torch.randn(windows, 4, 9, 9, dtype=torch.double)
-    if windows > 1:
-        bias[1, :, :4, 5:] = -100  # a mask
+    q, k, v = (torch.randn(2, windows, 4, 9, 5, dtype=torch.double) for _ in range(3))  # (B, windows, heads, N, D)
+    bias, mask = torch.randn(4, 9, 9, dtype=torch.double), torch.zeros(windows, 9, 9)
+    mask[windows // 2, :4, 5:] = -100
     inputs = [t.float().requires_grad_() for t in (q, k, v, bias)]
     reference = [t.requires_grad_() for t in (q, k, v, bias)]
-    expected = ((q @ k.mT) * 5**-0.5 + bias).softmax(-1) @ v
-    out = attend(*inputs)
+    expected = ((q @ k.mT) * 5**-0.5 + bias + mask[:, None]).softmax(-1) @ v
+    out = attend(torch.stack(inputs[:3]), inputs[3], mask)
     gradient = torch.randn_like(expected)
     expected.backward(gradient)
     out.backward(gradient.float())

@@ -5,6 +5,7 @@ from spandrel.architectures.SwinIR import SwinIR as SpandrelSwinIR
 
 from mcir.archs import build, parse
 from mcir.archs.base import DropPath
+from mcir.archs.swinir_network import shift_mask
 from tests.archs.golden_weights import assert_equal_to_official, fill
 
 SMALL = {"name": "swinir", "variant": "light", "embed_dim": 12, "depths": (2,), "num_heads": (2,), "image_size": 16}
@@ -35,9 +36,29 @@ def test_parameter_counts(variant, scale, parameters, keys, windows):
 @pytest.mark.parametrize(("variant", "active"), [("light", 23), ("classical", 35)])  # FACTS.md A.4
 def test_stochastic_depth(variant, active):
     net = build({"name": "swinir", "variant": variant, "scale": 2})
-    rates = [m.rate for m in net.modules() if isinstance(m, DropPath) and m.rate > 0]
-    assert len(rates) == active
-    assert max(rates) == pytest.approx(0.1)
+    rates = 1 - net.keep
+    assert (rates > 0).sum() == 2 * active  # attention and MLP
+    assert float(rates.max()) == pytest.approx(0.1)
+    assert net.train()(torch.rand(1, 3, 8, 8)).isfinite().all()
+
+
+def test_what_stochastic_depth_leaves_out_is_drawn_for_each_branch_in_turn():
+    """With branches that add one: what is left of them is what is drawn, as DropPath alone would draw it."""
+    net = build({**SMALL, "scale": 2, "drop_path": 0.6}).train()
+    x = torch.rand(64, 12, 8, 8)
+    torch.manual_seed(1)
+    kept = torch.stack(net._drawn(x)).flatten(0, 1)  # (branches, B, 1, 1)
+    torch.manual_seed(1)
+    for rate, of_branch in zip((0.0, 0.0, 0.6, 0.6), kept, strict=True):
+        assert torch.allclose(DropPath(rate)(torch.ones(64, 1, 1)), of_branch)
+    with torch.no_grad():
+        for block in net.layers[0].residual_group.blocks:
+            for branch in (block.attn.proj, block.mlp.fc2):
+                branch.weight.zero_()
+                branch.bias.fill_(1.0)
+    block, y = net.layers[0].residual_group.blocks[1], torch.zeros(64, 64, 12)
+    shown = block(y, shift_mask((8, 8), 8, 0, x.device), kept[2:])
+    assert torch.allclose(shown, kept[2:].sum(0).expand_as(shown))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 40), (8, 8), (9, 30)])
