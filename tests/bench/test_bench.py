@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from mcir.bench.bench import PARTS, Reference, Stopwatch, bench, open_engine, report
+from mcir.archs import build
+from mcir.bench.bench import PARTS, Reference, Stopwatch, as_published, bench, open_engine, report
 from mcir.bench.counts import count_flops, count_operators
 from mcir.bench.sweep import Trial, dump, overlay
 from mcir.cli import main
@@ -81,6 +82,23 @@ def test_the_reference_step_has_the_engine_s_loss(config, tmp_path):
     batches = [next(iter(engine.loader))]
     expected = engine.step(batches)["total"]
     assert torch.allclose(reference.step(batches)["total"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"name": "swinir", "variant": "light", "scale": 2, "image_size": 16, "depths": [2], "num_heads": [6]},
+        {"name": "nafnet", "width": 8},
+    ],
+    ids=["swinir", "nafnet"],
+)
+def test_the_reference_trains_the_published_network(section):
+    ours = build(section).eval()
+    published = as_published(ours).eval()
+    assert type(published).__module__.startswith("spandrel.")
+    image = torch.rand(1, 3, 16, 16)
+    assert torch.allclose(published(image), ours(image), atol=1e-5)
+    assert all(parameter.requires_grad for parameter in published.parameters())
 
 
 @pytest.mark.parametrize("outputs", ["Stages", "Scales"])

@@ -81,7 +81,8 @@ def steps() -> str:
     header = "4 negatives,ms/step,time / reference,time / plain,FLOP / plain,target,negatives,features,optimizer"
     return table([*header.split(","), "data wait", "update, every 100", "MFU"], rows) + (
         "\n\nReference: the published pseudo-code, in the same run and in turns (restored features again for each "
-        "negative, fp32, NCHW, default Adam). Plain: the same step without negatives. `mcir bench CONFIG` prints this."
+        "negative, fp32, NCHW, default Adam, and the network as its authors published it). Plain: the same step "
+        "without negatives. `mcir bench CONFIG` prints this."
     )
 
 
@@ -251,6 +252,11 @@ def contrast() -> str:
     return printed("tests.benchmarks.bench_contrast")
 
 
+def networks() -> str:
+    why = "One thread, processor time, in turns; forward and backward, and forward alone as a negative goes."
+    return printed("tests.benchmarks.bench_networks") + f"\n\n{why} Published: spandrel's module, the same weights."
+
+
 def before() -> str:
     where = (
         "EDSR-light x4, batch 2, crop 192, 4 negatives, one thread, in turns; on a busy machine processor time tells."
@@ -303,6 +309,7 @@ def machine() -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
     "steps": ("A contrastive step", steps),
+    "networks": ("The networks, and as they were published", networks),
     "before": ("A contrastive step before there were other contrasts, and now", before),
     "negatives": ("Number of negatives (EDSR-light x4)", negatives),
     "contrast": ("Ways to compute the contrast", contrast),
