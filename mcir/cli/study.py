@@ -34,7 +34,7 @@ def study(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Go on with runs that have failed.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with number and state.")] = False,
 ) -> None:
-    """Train every arm with every seed and say which differences are real. Exit code 1 if a run has failed or is missing."""
+    """Train every arm with every seed and say which differences are real. Exit code 1 if a run failed or is missing."""
     from mcir.study.study import study as run
 
     if equal not in (None, "steps", "time"):
