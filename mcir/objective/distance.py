@@ -41,10 +41,7 @@ class _Summed(torch.autograd.Function):
         signs = [torch.zeros_like(a if uniform else w) for a, w in zip(anchor, wide, strict=True)]
         sums = _zeros(anchor, per_sample)
         for weight, other in zip(weights, others, strict=True):
-            differences = torch._foreach_sub(wide, other)
-            torch._foreach_add_(sums, _norms(differences, per_sample), alpha=weight)
-            torch._foreach_sign_(differences)
-            torch._foreach_add_(signs, differences, alpha=1 if uniform else weight)
+            _take_in(other, wide, sums, signs, weight, 1.0 if uniform else weight, per_sample)
         ctx.factor = weights[0] if uniform else 1.0
         ctx.save_for_backward(*signs)
         torch._foreach_mul_(sums, _shares(sums, wide))
@@ -56,6 +53,16 @@ class _Summed(torch.autograd.Function):
         factors = gradients[0].unbind()
         factors = torch._foreach_mul(factors, [ctx.factor * share for share in _shares(factors, signs)])
         return None, None, None, *torch._foreach_mul(signs, _across(factors, signs))
+
+
+def _take_in(
+    other: Layers, anchor: Layers, sums: Layers, signs: Layers, weight: float, factor: float, per_sample: bool
+) -> None:
+    """Add what one of the others gives to the sums of distances and, `factor` times, of signs, in place."""
+    differences = torch._foreach_sub(anchor, other)
+    torch._foreach_add_(sums, _norms(differences, per_sample), alpha=weight)
+    torch._foreach_sign_(differences)
+    torch._foreach_add_(signs, differences, alpha=factor)
 
 
 class _SoftNearest(torch.autograd.Function):

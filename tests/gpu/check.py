@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.benchmarks.report import NETWORKS, machine
-from tests.gpu.markdown import report
+from tests.gpu.markdown import CONTRASTS, report
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = torch.cuda.is_available()
@@ -72,6 +72,7 @@ def parts(folder: Path) -> Iterator[Part]:
     for setting in SETTINGS:
         for network in NETWORKS:
             yield Part(f"{network}, {setting}", 60, partial(bench, network, setting))
+    yield Part(CONTRASTS, 90, contrasts)
 
 
 def command(arguments: list[str], limit_s: float, **environment: str) -> str:
@@ -174,6 +175,13 @@ def bench(network: str, setting: str, limit_s: float) -> dict[str, Any]:
         ["mcir", "bench", *arguments, "tests/benchmarks/photographs.yaml", *size, *SETTINGS[setting], *times, "--json"],
         limit_s,
     )
+    return json.loads(next(line for line in shown.splitlines() if line.startswith("{")))
+
+
+def contrasts(limit_s: float) -> dict[str, Any]:
+    """Each way gives the same gradient, or this fails; then they are timed in turns."""
+    size = ["--batch", "16", "--rounds", "10"] if ON_GPU else ["--batch", "1", "--side", "12", "--rounds", "1"]
+    shown = command(["tests.benchmarks.bench_contrast", *size, "--json"], limit_s)
     return json.loads(next(line for line in shown.splitlines() if line.startswith("{")))
 
 

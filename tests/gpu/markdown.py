@@ -8,6 +8,8 @@ from typing import Any
 
 from tests.benchmarks.report import table
 
+CONTRASTS = "ways to compute the contrast"
+
 
 def report(results: Sequence[dict[str, Any]]) -> str:
     """`results`: check.py's, part by part."""
@@ -35,7 +37,7 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         lines += ["", table(["launch file, precision", "40 steps", "resumed differs by"], rows)]
     rows = []
     for part in results:
-        if part["name"] in ("environment", "tests", "launches"):
+        if part["name"] in ("environment", "tests", "launches", CONTRASTS):
             continue
         r, ms = part["found"], part["found"].get("compared_ms", {})
         if part["fault"]:
@@ -57,7 +59,20 @@ def report(results: Sequence[dict[str, Any]]) -> str:
     if rows:
         header = "4 negatives,ms/step,time / reference,time / plain,target,negatives,features,data wait,MFU"
         lines += ["", table(header.split(","), rows)]
+    if CONTRASTS in found:
+        lines += ["", *_contrasts(found[CONTRASTS])]
     return "\n".join(lines) + "\n"
+
+
+def _contrasts(part: dict[str, Any]) -> list[str]:
+    if part["fault"]:
+        return [f"- {CONTRASTS}: {part['fault'].splitlines()[0]}"]
+    ms, differ = part["found"]["ms"], part["found"]["differ"]
+    rows = [
+        [way, f"{took:.1f}", f"{took / ms['as it is']:.2f}", _number(differ.get(way), ".1e")]
+        for way, took in ms.items()
+    ]
+    return [table(["contrast", "ms/step", "/ as it is", "gradient differs by"], rows)]
 
 
 def _number(value: float | None, form: str) -> str:

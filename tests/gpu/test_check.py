@@ -23,7 +23,10 @@ def test_what_failed_is_in_the_report():
     parts = [("environment", None, {"machine": "m", "commit": "c"}), ("tests", "exit code 1: pytest\nlines", {})]
     parts += [("launches", "1 of 1 launches failed: ddp, bf16", {"ddp, bf16": {"fault": "no end in 3 s"}})]
     parts += [("NAFNet-32, bf16", "not run: the time was up", {})]
+    timed = {"ms": {"as it is": 20.0, "compiled": 15.0}, "differ": {"as it is": 0.0, "compiled": 2e-4}}
+    parts += [("ways to compute the contrast", None, timed)]
     shown = report([{"name": name, "fault": fault, "found": found} for name, fault, found in parts])
     assert "- tests: exit code 1: pytest\n" in shown
     assert "| ddp, bf16 | no end in 3 s |" in shown
     assert "| NAFNet-32, bf16 | not run: the time was up |" in shown
+    assert "| compiled | 15.0 | 0.75 | 2.0e-04 |" in shown
