@@ -164,13 +164,13 @@ def _cost_table(results: Results) -> str:
 
 
 def _notes(results: Results) -> str:
-    seeds, others = results.plan.num_seeds, len(results.plan.arms) - 1
+    seeds = results.plan.num_seeds
     return (
         "±: standard deviation over seeds. Difference: mean over pairs of runs with one seed, with Student's interval; "
         f"*: it leaves out zero. p (signs): sign-flip permutation, no less than {2 / 2**seeds:.2g} with {seeds} seeds. "
         "Seeds and images: percentile bootstrap over both, which is too narrow for few seeds. Seeds for "
         f"{EFFECT_DB} dB: what a paired t test needs to see that much with probability {POWER}, given the spread seen. "
-        f"Where {others} arms are compared in several columns, one interval in twenty leaves out zero by chance."
+        "Where nothing differs, one interval in twenty leaves out zero by chance."
     )
 
 
