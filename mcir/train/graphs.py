@@ -1,6 +1,7 @@
 """CUDA graphs: a GPU replays as one launch what the host would have to send it operator by operator."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,9 +25,9 @@ def record_graphs(modules: Iterable[nn.Module], compiled: bool = False) -> None:
     from torch import _dynamo
 
     _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, MAX_GRAPHS)
-    how = {"mode": "reduce-overhead"} if compiled else {"backend": "cudagraphs"}
+    how: dict[str, Any] = {"mode": "reduce-overhead"} if compiled else {"backend": "cudagraphs"}
     for module in modules:
-        module.compile(fullgraph=True, dynamic=False, **how)
+        module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, **how)  # hooks stay outside
 
 
 def begin_step() -> None:
