@@ -174,15 +174,3 @@ def test_a_config_that_cannot_be_timed_is_one_sentence(tmp_path, monkeypatch, ca
     code, _, err = run(monkeypatch, capsys, "bench", path, "--sweep")
     assert code == 1
     assert "without a launcher" in err
-
-
-@pytest.mark.slow
-def test_a_sweep_gives_settings_that_train(tmp_path, monkeypatch, capsys):
-    path = write_config(tmp_path / "c.yaml", tiny_config(tmp_path))
-    code, out, err = run(monkeypatch, capsys, "bench", path, "--sweep")
-    assert code == 0
-    assert err.count("images/s") >= 4
-    assert "as configured" in err
-    (tmp_path / "o.yaml").write_text(out)
-    code, _, _ = run(monkeypatch, capsys, "train", path, tmp_path / "o.yaml", "steps=2")
-    assert code == 0

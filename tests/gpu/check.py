@@ -70,7 +70,7 @@ def parts(folder: Path) -> Iterator[Part]:
     yield Part("tests", 150, essentials)
     yield Part("launches", 150, partial(launches, folder))
     for setting in SETTINGS:
-        for network in NETWORKS:
+        for network in NETWORKS if ON_GPU or setting == "bf16" else ["EDSR-light x4"]:
             yield Part(f"{network}, {setting}", 60, partial(bench, network, setting))
     yield Part(CONTRASTS, 90, contrasts)
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import time
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -47,6 +48,7 @@ def resumed(tmp_path_factory) -> Engine:
     to = ["tensorboard", "wandb", "mlflow"]
     first = build_engine(tracked(folder, to, validation=validation, steps=4))
     assert first.fit() == 0
+    time.sleep(1)  # W&B names a folder by the second
     second = build_engine(tracked(folder, to, validation=validation), resume="auto")
     assert second.run_dir == first.run_dir
     assert second.fit() == 0
