@@ -183,8 +183,7 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
             engine.step(_take(batches, config.num_micro_batches))
         _wait(device)
         warmup = time.perf_counter() - start
-        timed, whole, watch = [], time.perf_counter(), Stopwatch(device)
-        waited = 0.0
+        whole, waited, watch = time.perf_counter(), 0.0, Stopwatch(device)
         with watched(engine, watch):
             for _ in range(steps):
                 watch.begin("data")
