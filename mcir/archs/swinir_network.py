@@ -6,9 +6,9 @@ image (one compiled graph serves all of them), its attention adds bias and mask 
 out is drawn for all blocks at once.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor
 from mcir.archs.attention import attend
 
 Size = tuple[int, int]
+Kept = TypeVar("Kept")
 
 
 def pixels(size: Size, window: int, shift: int | None, device: torch.device) -> Tensor:
@@ -31,8 +32,22 @@ def pixels(size: Size, window: int, shift: int | None, device: torch.device) -> 
     return rearrange(image.roll((-shift, -shift), (0, 1)), "(rows y) (cols x) -> (rows cols y x)", y=window, x=window)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(mode=False)
+def kept(num: int) -> Callable[[Callable[..., Kept]], Callable[..., Kept]]:
+    """Keeps the last `num` results, by arguments; none of a graph that is traced, whose tensors hold no values."""
+
+    def keep(function: Callable[..., Kept]) -> Callable[..., Kept]:
+        remembered = lru_cache(maxsize=num)(torch.inference_mode(mode=False)(function))
+
+        @wraps(function)
+        def call(*arguments: Any) -> Kept:
+            return function(*arguments) if torch.compiler.is_compiling() else remembered(*arguments)
+
+        return call
+
+    return keep
+
+
+@kept(16)
 def order(
     size: Size, window: int, shifts: tuple[int | None, int | None], device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -42,8 +57,7 @@ def order(
     return places, places.argsort()
 
 
-@lru_cache(maxsize=2)  # of large images they are large
-@torch.inference_mode(mode=False)
+@kept(2)  # of large images they are large
 def shift_mask(size: Size, window: int, shift: int, device: torch.device) -> Tensor:
     """What to add to the attention scores so that pixels rolled in from the far side do not attend to the others.
 

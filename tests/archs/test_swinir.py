@@ -89,3 +89,11 @@ def test_given_values_replace_the_variants():
     assert (descriptor.scale, descriptor.size_multiple, descriptor.pad_mode) == (3, 8, "flip")
     with pytest.raises(ValidationError, match="embed_dims"):
         parse({**SMALL, "scale": 2, "embed_dims": 60})
+
+
+def test_a_network_restores_after_it_was_traced():
+    """Of a size that it has not seen: nothing of the trace, whose tensors hold no values, is kept."""
+    net, image = build({**SMALL, "scale": 2}).eval(), torch.rand(1, 3, 24, 56)
+    traced = torch.export.export(net, (image,), strict=False).module()
+    with torch.no_grad():
+        assert torch.allclose(net(image), traced(image), atol=1e-6)
