@@ -12,7 +12,7 @@ from mcir.errors import UserError
 from mcir.parallel.accelerator import strategy
 
 
-def record_graphs(modules: Iterable[nn.Module], compiled: bool = False) -> None:
+def record_graphs(modules: Iterable[nn.Module], compiled: bool = False, backend: str = "cudagraphs") -> None:
     """Have each module's forward pass, and the backward pass of what needs one, recorded at its first call with inputs
     of a shape, and replayed from then on; `compiled`: after torch.compile has fused it.
 
@@ -25,7 +25,7 @@ def record_graphs(modules: Iterable[nn.Module], compiled: bool = False) -> None:
     from torch import _dynamo
 
     _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, MAX_GRAPHS)
-    how: dict[str, Any] = {"mode": "reduce-overhead"} if compiled else {"backend": "cudagraphs"}
+    how: dict[str, Any] = {"mode": "reduce-overhead"} if compiled else {"backend": backend}
     for module in modules:
         module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, **how)  # hooks stay outside
 

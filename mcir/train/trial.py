@@ -15,6 +15,7 @@ from mcir.config import RunConfig
 from mcir.errors import UserError
 from mcir.parallel.accelerator import autocast
 from mcir.restoration.inference import forward
+from mcir.train.graphs import record_graphs
 
 
 def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> None:
@@ -33,7 +34,7 @@ def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> 
         asked, unit = "compute.compile", "each block"
         if config.compute.cuda_graphs:  # traced, not turned into machine code
             asked, unit = "compute.cuda_graphs", "the whole of it"
-            tried.compile(fullgraph=True, dynamic=False, backend="eager")
+            record_graphs([tried], backend="eager")
         elif config.compute.compile:
             compile_blocks(tried, config.arch.descriptor, backend="eager")
         # two samples: statistics over a batch of one, where the features are a pixel, are none
