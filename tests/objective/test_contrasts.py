@@ -133,6 +133,17 @@ def test_the_cr_of_mixdehazenet(tmp_path):
         assert_golden(config, t["y"], t["x"], [], t["J"], t[key], t if key == "loss" else None)
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_mean_of_millions_is_exact(per_sample):
+    torch.manual_seed(0)
+    a, b = (torch.randn(2, 64, 192, 192).to(memory_format=torch.channels_last) for _ in range(2))
+    expected = (a.double() - b).abs().mean((1, 2, 3) if per_sample else None)
+    (found,) = summed([a], [[b]], [1.0], per_sample)
+    assert torch.allclose(found.double(), expected, rtol=1e-6, atol=0)
+    (found,) = -soft_nearest([a], [[b]], 1.0, per_sample)
+    assert torch.allclose(found.double(), expected, rtol=1e-6, atol=0)
+
+
 def test_distances_and_their_gradients_are_autograd_s():
     """Unequal weights, and distances at which exp underflows."""
     torch.manual_seed(0)
