@@ -16,7 +16,7 @@ def test_every_part_passes(tmp_path):
     assert [part["fault"] for part in results] == [None] * len(results)
     assert done.returncode == 0
     shown = (tmp_path / "report.md").read_text()
-    assert all(network in shown for network in ("EDSR-light x4, bf16", "SwinIR-light x4, fp32", "NAFNet-32, bf16"))
+    assert all(network in shown for network in ("EDSR-light x4, fp32", "SwinIR-light x4, bf16", "NAFNet-32, bf16"))
 
 
 def test_what_failed_is_in_the_report():
