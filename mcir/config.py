@@ -147,6 +147,8 @@ def _contradictions(run: Any, unsure: Collection[str] = ()) -> list[str]:
     for k, schedule in enumerate(contrast.negatives if contrast else ()):
         if schedule.source == "ema" and no_ema:
             faults.append(f"objective.contrast.negatives.{k}.source: ema, but ema_decay is not set")
+    if run.compute and run.compute.cuda_graphs and run.compute.checkpoint_activations:
+        faults.append("compute.cuda_graphs: not with checkpoint_activations, which asks for the generator's state")
     if contrast and run.compute and run.compute.stack_negatives:
         dealt = getattr(contrast, "negatives_per_image", "all") == "one"
         if (

@@ -130,6 +130,17 @@ def convolve_in_channels_last(net: nn.Module) -> None:
             module.register_forward_pre_hook(lay_out)
 
 
+class PixelShuffle(nn.PixelShuffle):
+    """(B, C * r^2, H, W) -> (B, C, r * H, r * W), in the layout of the input: where the features of a pixel are side by
+    side, one copy, of which torch's takes three on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.stride(1) != 1:
+            return super().forward(x)
+        x = x.permute(0, 2, 3, 1).unflatten(-1, (-1, self.upscale_factor, self.upscale_factor))
+        return x.permute(0, 1, 4, 2, 5, 3).flatten(1, 2).flatten(2, 3).permute(0, 3, 1, 2)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: a branch left out, sample by sample, at `rate` in training. (B, ...) -> same.
 

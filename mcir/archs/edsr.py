@@ -10,7 +10,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from mcir.archs.base import Arch, Descriptor
+from mcir.archs.base import Arch, Descriptor, PixelShuffle
 
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB mean of the DIV2K training images
 
@@ -42,7 +42,7 @@ class EDSR(nn.Module):
         self.conv_after_body = nn.Conv2d(num_features, num_features, 3, padding=1)
         stages: list[nn.Module] = []
         for factor in [2, 2] if scale == 4 else [scale]:
-            stages += [nn.Conv2d(num_features, num_features * factor**2, 3, padding=1), nn.PixelShuffle(factor)]
+            stages += [nn.Conv2d(num_features, num_features * factor**2, 3, padding=1), PixelShuffle(factor)]
         self.upsample = nn.Sequential(*stages)
         self.conv_last = nn.Conv2d(num_features, 3, 3, padding=1)
 

@@ -13,6 +13,8 @@ from spandrel.architectures.NAFNet import NAFNet as SpandrelNAFNet
 from spandrel.architectures.NAFNet.__arch import NAFNet_arch as official
 from torch import Tensor, nn
 
+from mcir.archs.base import PixelShuffle
+
 
 class LayerNorm2d(official.LayerNorm2d):
     """Norm over the features of each pixel. (B, C, H, W) -> same."""
@@ -43,7 +45,11 @@ class NAFNet(SpandrelNAFNet):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        exchanged = {official.NAFBlock: NAFBlock, official.LayerNorm2d: LayerNorm2d}
+        exchanged = {
+            official.NAFBlock: NAFBlock,
+            official.LayerNorm2d: LayerNorm2d,
+            nn.PixelShuffle: PixelShuffle,
+        }
         for module in self.modules():
             module.__class__ = exchanged.get(type(module), type(module))
             if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):

@@ -33,14 +33,21 @@ def pixels(size: Size, window: int, shift: int | None, device: torch.device) -> 
 
 
 def kept(num: int) -> Callable[[Callable[..., Kept]], Callable[..., Kept]]:
-    """Keeps the last `num` results, by arguments; none of a graph that is traced, whose tensors hold no values."""
+    """Keeps the last `num` results, by arguments, of which the device is the last one; none of a graph that is traced,
+    whose tensors hold no values, and for good what a CUDA graph reads."""
 
     def keep(function: Callable[..., Kept]) -> Callable[..., Kept]:
         remembered = lru_cache(maxsize=num)(torch.inference_mode(mode=False)(function))
+        for_good: dict[Any, Kept] = {}
 
         @wraps(function)
         def call(*arguments: Any) -> Kept:
-            return function(*arguments) if torch.compiler.is_compiling() else remembered(*arguments)
+            if torch.compiler.is_compiling():
+                return function(*arguments)
+            result = remembered(*arguments)
+            if arguments[-1].type == "cuda" and torch.cuda.is_current_stream_capturing():
+                for_good[arguments] = result
+            return result
 
         return call
 

@@ -8,12 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mcir.data.loader import Batch
+from mcir.train.graphs import operator_by_operator
 
 
 def count_flops(step: Callable[[Sequence[Batch]], Any], batches: Sequence[Batch]) -> int:
     """Floating point operations of a step on this process: products and sums of convolutions, matrix products and
     attention, by torch's counter."""
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"), operator_by_operator():
         step(batches)
     return counter.get_total_flops()
 
@@ -31,6 +32,6 @@ class _Operators(TorchDispatchMode):
 def count_operators(step: Callable[[Sequence[Batch]], Any], batches: Sequence[Batch]) -> int:
     """Operators of a step without compiled graphs: on a GPU each is a launch at least, which small networks wait
     for."""
-    with _Operators() as counter, torch.compiler.set_stance("force_eager"):
+    with _Operators() as counter, torch.compiler.set_stance("force_eager"), operator_by_operator():
         step(batches)
     return counter.num

@@ -37,14 +37,13 @@ class _Summed(torch.autograd.Function):
         ctx: Any, weights: Sequence[float], per_sample: bool, others: Iterable[Layers], *anchor: Tensor
     ) -> Tensor:
         uniform = len(set(weights)) == 1  # then the sums of signs are whole numbers, exact in bf16 too
-        wide = [a.to(_wide(a)) for a in anchor]
-        signs = [torch.zeros_like(a if uniform else w) for a, w in zip(anchor, wide, strict=True)]
+        signs = [torch.zeros_like(a, dtype=None if uniform else _wide(a)) for a in anchor]
         sums = _zeros(anchor, per_sample)
         for weight, other in zip(weights, others, strict=True):
-            _take_in(other, wide, sums, signs, weight, 1.0 if uniform else weight, per_sample)
+            take_in(other, anchor, sums, signs, weight, 1.0 if uniform else weight, per_sample)
         ctx.factor = weights[0] if uniform else 1.0
         ctx.save_for_backward(*signs)
-        torch._foreach_mul_(sums, _shares(sums, wide))
+        torch._foreach_mul_(sums, _shares(sums, signs))
         return torch.stack(sums)
 
     @staticmethod
@@ -59,10 +58,19 @@ def _take_in(
     other: Layers, anchor: Layers, sums: Layers, signs: Layers, weight: float, factor: float, per_sample: bool
 ) -> None:
     """Add what one of the others gives to the sums of distances and, `factor` times, of signs, in place."""
-    differences = torch._foreach_sub(anchor, other)
+    differences = torch._foreach_sub([a.to(_wide(a)) for a in anchor], other)
     torch._foreach_add_(sums, _norms(differences, per_sample), alpha=weight)
     torch._foreach_sign_(differences)
     torch._foreach_add_(signs, differences, alpha=factor)
+
+
+take_in = _take_in
+
+
+def compile_pass() -> None:
+    """From now on, in this process, `take_in` is as few kernels as torch.compile makes of it."""
+    global take_in
+    take_in = torch.compile(_take_in, fullgraph=True, dynamic=False)
 
 
 class _SoftNearest(torch.autograd.Function):

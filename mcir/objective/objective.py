@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from mcir.errors import below
 from mcir.objective.contrast import AgainstImages
+from mcir.objective.distance import compile_pass
+from mcir.objective.features import Features
 from mcir.objective.infonce import InfoNCEConfig
 from mcir.objective.pcl import PCL, PCLConfig
 from mcir.objective.ratio import Ratio, RatioConfig
@@ -107,6 +109,13 @@ class Objective(nn.Module):
         contrast = self.weight.value * self.contrast.term(restored, clean, negatives, anchors)
         total = _poisoned(reconstruction + contrast)
         return {"total": total, **parts, "contrast": contrast}
+
+    def compile_passes(self) -> None:
+        """From now on the features, and the pass over what they differ by, are compiled."""
+        for module in self.modules():
+            if isinstance(module, Features):
+                module.compile(fullgraph=True, dynamic=False)
+        compile_pass()
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it; to be overwritten in place."""

@@ -19,7 +19,6 @@ from mcir.data.loader import Batch, Loader
 from mcir.data.stages import phase_of
 from mcir.errors import UserError
 from mcir.evaluation.evaluate import try_first
-from mcir.objective.features import Features
 from mcir.objective.negatives import Negatives, restoration_error
 from mcir.objective.objective import Objective
 from mcir.parallel.accelerator import (
@@ -37,7 +36,7 @@ from mcir.section import is_url
 from mcir.train import offsite, runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer
 from mcir.train.ema import EMA
-from mcir.train.graphs import begin_step, record_graphs, require_unsharded
+from mcir.train.graphs import Recorded, require_graphs
 from mcir.train.log import log_save, log_step
 from mcir.train.memory import micro_batches
 from mcir.train.optim import set_lr
@@ -102,13 +101,15 @@ class Engine:
         optimizer = config.optim.optimizer.build(net.parameters())
         if config.compute.checkpoint_activations:
             checkpoint_activations(net, self.arch.descriptor)
-        if config.compute.cuda_graphs:
-            require_unsharded(accelerator)
-            seen = [module for module in self.objective.modules() if isinstance(module, Features)]
-            record_graphs([net, *self.negatives.nets, *seen], config.compute.compile)
-        elif config.compute.compile:
+        if config.compute.compile:
             for module in [net, *self.negatives.nets]:
                 compile_blocks(module, self.arch.descriptor)
+            if accelerator.device.type == "cuda":  # on a CPU that does not pay
+                self.objective.compile_passes()
+        self.recorded: list[Recorded] = []
+        if config.compute.cuda_graphs:
+            require_graphs(accelerator)
+            self.recorded = [Recorded(module) for module in (net, *self.negatives.nets)]
         names = [name for name, _ in net.named_parameters()]
         self.model, self.optimizer = accelerator.prepare(net, optimizer)
         require_still_shared(names, unwrapped(accelerator, self.model))
@@ -156,8 +157,6 @@ class Engine:
         """
         self.state.step += 1
         self.state.measured = {}
-        if self.config.compute.cuda_graphs:
-            begin_step()
         optim, scale = self.config.optim, self.state.loss_scale
         set_lr(self.optimizer, optim.lr(self.state.step, self.config.steps))
         found: list[Tensor] = []
@@ -220,8 +219,10 @@ class Engine:
                 phase = phase_of(config.phases, self.state.step + 1)
                 if 0 < phase.step == self.state.step:
                     self.checkpointer.join()  # the phase's loader processes, forked now, would hold on to its memory
-                    if config.compute.compile or config.compute.cuda_graphs:
+                    if config.compute.compile:
                         torch.compiler.reset()  # graphs of this size instead of slower ones for any size
+                    for recorded in self.recorded:
+                        recorded.forget()
                 waited = time.perf_counter()
                 micro_batches = [next(batches) for _ in range(config.num_micro_batches)]
                 waited = time.perf_counter() - waited

@@ -1,41 +1,137 @@
 """CUDA graphs: a GPU replays as one launch what the host would have to send it operator by operator."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
-from mcir.archs.base import MAX_GRAPHS
 from mcir.errors import UserError
 from mcir.parallel.accelerator import strategy
 
+MAX_SHAPES = 4
+"""Of a module's images, that are recorded: a batch that lacks samples is not worth a recording."""
+WARM_UPS = 3
+"""Calls before the recording, in which libraries and compiled blocks choose their kernels."""
+Images = Tensor | Sequence[Tensor]
 
-def record_graphs(modules: Iterable[nn.Module], compiled: bool = False, backend: str = "cudagraphs") -> None:
-    """Have each module's forward pass, and the backward pass of what needs one, recorded at its first call with inputs
-    of a shape, and replayed from then on; `compiled`: after torch.compile has fused it.
+
+class Recorded:
+    """A module's forward pass, and where it trains its backward pass, each recorded at the first call with an image of
+    a shape and replayed from then on. What is neither training nor inference mode is computed as ever.
 
     Weights are read where they are, so an optimizer or an update of a negative that writes in place needs no new
-    recording. Draws come from torch's generator as it is at each replay. What a module returns is overwritten in the
-    step after: `begin_step` says where that begins. On a CPU the same graphs are traced, and torch says that it
-    records none. A module that is no single graph is torch's error at its first call
-    (`try_network` tries those that are not ours).
+    recording. Draws come from torch's generator as it is at each replay. What the module returns is overwritten by its
+    next call. Hooks on the module stay outside.
     """
-    from torch import _dynamo
 
-    _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, MAX_GRAPHS)
-    how: dict[str, Any] = {"mode": "reduce-overhead"} if compiled else {"backend": backend}
-    for module in modules:
-        module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False, **how)  # hooks stay outside
+    replays = True
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.compute = module, module.forward
+        self.recordings = dict[torch.Size, Callable[[Tensor], Images]]()
+        module.forward = self
+
+    def __call__(self, image: Tensor) -> Images:
+        trains = torch.is_grad_enabled() and self.module.training
+        if not self.replays or not (trains or torch.is_inference_mode_enabled()):
+            return self.compute(image)
+        if image.shape not in self.recordings and len(self.recordings) < MAX_SHAPES:
+            parameters = [p for p in self.module.parameters() if p.requires_grad and trains]
+            with _left_as_it_was(self.module), _without_cache():
+                self.recordings[image.shape] = _record(self.compute, image, parameters)
+        return self.recordings.get(image.shape, self.compute)(image)
+
+    def forget(self) -> None:
+        """Give the memory of the recordings back."""
+        self.recordings.clear()
 
 
-def begin_step() -> None:
-    """What the graphs returned so far is no longer needed: call it before the first micro-batch of a step."""
-    torch.compiler.cudagraph_mark_step_begin()
+@contextmanager
+def operator_by_operator() -> Iterator[None]:
+    """Nothing is replayed meanwhile: what is to be counted is sent anew."""
+    Recorded.replays = False
+    try:
+        yield
+    finally:
+        Recorded.replays = True
 
 
-def require_unsharded(accelerator: Accelerator) -> None:
-    """Refuse a strategy that gathers weights on the way: they would not stay where a graph reads them."""
+def require_graphs(accelerator: Accelerator) -> None:
+    """Refuse a device that has no graphs, and a strategy that gathers weights on the way: they would not stay where a
+    graph reads them."""
+    if accelerator.device.type != "cuda":
+        raise UserError("compute.cuda_graphs: they are a GPU's, and this process computes on the CPU: set it to false")
     if (chosen := strategy(accelerator)) not in ("single", "ddp"):
         raise UserError(f"compute.cuda_graphs: under single and ddp alone, not under {chosen}")
+
+
+def _record(
+    compute: Callable[[Tensor], Images], image: Tensor, parameters: Sequence[nn.Parameter]
+) -> Callable[[Tensor], Images]:
+    """What computes as `compute` does from images of this shape, by replaying; with gradients of `parameters`, if there
+    are any."""
+    given, stream = image.clone(), torch.cuda.Stream()
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            outputs = _listed(compute(given))
+            incoming = [torch.zeros_like(output) for output in outputs]
+            if parameters:
+                torch.autograd.grad(outputs, parameters, incoming, allow_unused=True)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(forward, stream=stream, capture_error_mode="thread_local"):
+        made = compute(given)
+    outputs, outgoing = _listed(made), tuple[Tensor | None, ...]()
+    if parameters:
+        with torch.cuda.graph(backward, pool=forward.pool(), stream=stream, capture_error_mode="thread_local"):
+            outgoing = torch.autograd.grad(outputs, parameters, incoming, allow_unused=True)
+    outputs = [output.detach() for output in outputs]
+    single = isinstance(made, Tensor)
+    del made
+
+    class Replayed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, image: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+            given.copy_(image)
+            forward.replay()
+            return tuple(output.detach() for output in outputs)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+            torch._foreach_copy_(incoming, gradients)
+            backward.replay()
+            # copies: autograd keeps what it is given as a parameter's gradient, and the next replay writes there
+            found = iter(torch._foreach_mul([gradient for gradient in outgoing if gradient is not None], 1.0))
+            return None, *(None if gradient is None else next(found) for gradient in outgoing)
+
+    def replay(image: Tensor) -> Images:
+        made = Replayed.apply(image, *parameters)
+        return made[0] if single else list(made)
+
+    return replay
+
+
+def _listed(images: Images) -> list[Tensor]:
+    return [images] if isinstance(images, Tensor) else list(images)
+
+
+@contextmanager
+def _left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Buffers, such as running statistics, and torch's generators."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    with torch.random.fork_rng():
+        yield
+    for buffer, before in buffers:
+        buffer.copy_(before)
+
+
+@contextmanager
+def _without_cache() -> Iterator[None]:
+    """Autocast as it is, but each weight cast where it is used: a cast that is kept would not follow the weight."""
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
+        yield

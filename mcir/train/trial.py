@@ -15,7 +15,7 @@ from mcir.config import RunConfig
 from mcir.errors import UserError
 from mcir.parallel.accelerator import autocast
 from mcir.restoration.inference import forward
-from mcir.train.graphs import record_graphs
+from mcir.train.graphs import Recorded, require_graphs
 
 
 def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> None:
@@ -32,11 +32,12 @@ def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> 
     with torch.random.fork_rng(), autocast(accelerator):
         tried = deepcopy(net).to(accelerator.device)
         asked, unit = "compute.compile", "each block"
-        if config.compute.cuda_graphs:  # traced, not turned into machine code
-            asked, unit = "compute.cuda_graphs", "the whole of it"
-            record_graphs([tried], backend="eager")
-        elif config.compute.compile:
+        if config.compute.compile:  # traced, not turned into machine code
             compile_blocks(tried, config.arch.descriptor, backend="eager")
+        if config.compute.cuda_graphs:
+            asked, unit = "compute.cuda_graphs", "the whole of it"
+            require_graphs(accelerator)
+            Recorded(tried)
         # two samples: statistics over a batch of one, where the features are a pixel, are none
         image = torch.rand(2, 3, crop // scale, crop // scale, device=accelerator.device)
         try:

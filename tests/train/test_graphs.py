@@ -1,13 +1,17 @@
-"""What a GPU records is traced on a CPU too, where it must train the same to the bit. On a GPU this is the test of the
-recordings."""
+"""Recordings exist on a GPU alone, and there these are their tests."""
+
+from copy import deepcopy
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
+from torch import nn
 
 from mcir.config import validate
+from mcir.errors import UserError
 from mcir.train.engine import build_engine
+from mcir.train.graphs import MAX_SHAPES, Recorded
 from tests.runs import tiny_config
+from tests.test_config import mistakes
 
 NETWORKS = {
     "edsr": {"name": "edsr", "scale": 2, "num_features": 8, "num_blocks": 2},
@@ -23,28 +27,67 @@ NETWORKS = {
 }
 
 
-def trained(tmp_path, name, network, steps=6, **changes):
-    values = tiny_config(tmp_path, name=name, steps=steps, arch=NETWORKS[network], **changes)
+def test_a_cpu_has_none(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU there are")
+    with pytest.raises(UserError, match=r"compute.cuda_graphs: they are a GPU's.*set it to false"):
+        build_engine(validate(tiny_config(tmp_path, compute={"cuda_graphs": True}), "run"))
+
+
+def test_what_is_computed_again_cannot_be_recorded(tmp_path):
+    values = tiny_config(tmp_path, compute={"cuda_graphs": True, "checkpoint_activations": True})
+    assert "compute.cuda_graphs: not with checkpoint_activations" in mistakes(values)
+
+
+@pytest.mark.gpu
+def test_a_replay_is_the_call_with_its_draws_statistics_and_gradients():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout2d(0.5), nn.Conv2d(8, 3, 3)]
+    plain = nn.Sequential(*layers).cuda().train()
+    net = deepcopy(plain)
+    recorded = Recorded(net)
+    for step in range(3):
+        found = []
+        for module in (plain, net):
+            torch.manual_seed(step)
+            for _ in range(2):  # gradients add up
+                output = module(torch.rand(2, 3, 16, 16, device="cuda"))
+                output.square().mean().backward()
+            found.append([output.detach().clone(), *(p.grad.clone() for p in module.parameters()), *module.buffers()])
+            torch.optim.SGD(module.parameters(), 0.1).step()
+            module.zero_grad()
+        for expected, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+    assert len(recorded.recordings) == 1
+    with torch.no_grad():
+        net(torch.rand(1, 3, 16, 16, device="cuda"))
+    assert len(recorded.recordings) == 1
+    for side in range(16, 16 + 2 * MAX_SHAPES):
+        net(torch.rand(1, 3, side, side, device="cuda"))
+    assert len(recorded.recordings) == MAX_SHAPES
+    recorded.forget()
+    assert not recorded.recordings
+
+
+def trained(tmp_path, name, network, **changes):
+    values = tiny_config(tmp_path, name=name, arch=NETWORKS[network], **changes)
     values["objective"]["contrast"]["negatives"] = [
         {"update_every": 2, "decay": 0.5, "start": 0.1},
         {"update_every": 3, "decay": 0.5, "start": 0.5},
     ]
-    torch.compiler.reset()
-    counters.clear()
     engine = build_engine(validate(values, name))
     engine.fit()
     return engine
 
 
-@pytest.mark.parametrize("network", ["edsr", pytest.param("swinir", marks=pytest.mark.slow)])
+@pytest.mark.gpu
+@pytest.mark.parametrize("network", ["edsr", "swinir"])
 def test_recorded_networks_train_the_same(tmp_path, network):
     """Over micro-batches, updates of the negatives, which are written in place, and a change of sizes."""
-    changes = {"accumulate": 2, "stages": [{"after": 4, "crop_size": 32, "batch_size": 4}]}
+    changes = {"steps": 6, "accumulate": 2, "stages": [{"after": 4, "crop_size": 32, "batch_size": 4}]}
     plain = trained(tmp_path, "plain", network, **changes)
     recorded = trained(tmp_path, "recorded", network, compute={"cuda_graphs": True}, **changes)
-    # of each of two sizes the target's, that of all negatives, and the features' with and without gradients
-    assert counters["stats"]["unique_graphs"] == 8
-    on_gpu = plain.accelerator.device.type == "cuda"
+    assert [len(module.recordings) for module in recorded.recorded] == [1, 1, 1]
     for module, other in ((plain.model, recorded.model), (plain.negatives, recorded.negatives)):
         for (name, a), b in zip(module.named_parameters(), other.parameters(), strict=True):
-            assert torch.allclose(a, b, rtol=0, atol=1e-5) if on_gpu else torch.equal(a, b), name
+            assert torch.allclose(a, b, rtol=0, atol=1e-5), name
