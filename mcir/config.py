@@ -149,16 +149,6 @@ def _contradictions(run: Any, unsure: Collection[str] = ()) -> list[str]:
             faults.append(f"objective.contrast.negatives.{k}.source: ema, but ema_decay is not set")
     if run.compute and run.compute.cuda_graphs and run.compute.checkpoint_activations:
         faults.append("compute.cuda_graphs: not with checkpoint_activations, which asks for the generator's state")
-    if contrast and run.compute and run.compute.stack_negatives:
-        dealt = getattr(contrast, "negatives_per_image", "all") == "one"
-        if (
-            dealt
-            or run.compute.compile
-            or run.compute.cuda_graphs
-            or any(schedule.views > 1 for schedule in contrast.negatives)
-        ):
-            limits = "neither with negatives_per_image: one, nor with views, compute.compile or compute.cuda_graphs"
-            faults.append(f"compute.stack_negatives: {limits}")
     if isinstance(contrast, RatioConfig) and contrast.curriculum and no_validation:
         faults.append("objective.contrast.curriculum: it goes by the validated PSNR, and there is no validation")
     for place, crop_size in crops.items() if isinstance(contrast, PCLConfig) else ():

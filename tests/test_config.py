@@ -141,8 +141,8 @@ def test_contradictions_between_fields(tmp_path):
     assert "batch_size: 5 is no multiple of accumulate, 2" in text
     assert "data.crop_size: 15 is no multiple of the network's scale 2" in text
     assert "data.train.0.degradation: its scale is 3, the network's is 2" in text
-    values = tiny_config(tmp_path, compute={"stack_negatives": True, "compile": True})
-    assert "compute.stack_negatives: neither with negatives_per_image: one, nor with views" in mistakes(values)
+    values = tiny_config(tmp_path, compute={"cuda_graphs": True, "checkpoint_activations": True})
+    assert "compute.cuda_graphs: not with checkpoint_activations" in mistakes(values)
 
 
 def test_stages_that_cannot_be(tmp_path):

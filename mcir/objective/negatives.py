@@ -7,13 +7,11 @@ target, they change in two ways only, both collective and both driven by rank-ag
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mcir.errors import UserError
 from mcir.objective.schedule import Schedule
@@ -54,7 +52,6 @@ class Negatives(nn.Module):
         self.nets.requires_grad_(False).eval()
         self._accelerator: Accelerator | None = None
         self._weights: dict[str, Weights] = {}
-        self._stacked: dict[str, Tensor] = {}
         # Of triggered ones: the number of updates of all of them, and the step of each one's last.
         self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
         self.register_buffer("updated", torch.zeros(len(self.schedules), dtype=torch.int64))
@@ -73,15 +70,6 @@ class Negatives(nn.Module):
         broadcast_from_first(accelerator, [*self.nets.parameters(), *self.nets.buffers()])
         self._blend({k: schedule.start for k, schedule in enumerate(self.schedules)}, "target")
 
-    def stack(self) -> None:
-        """From now on restore with all networks at once: each of their tensors becomes a slice of one, (K, ...), so
-        updates and loading go on in place. Call it once, after `sync`; all of them restore one view of each image."""
-        members = [dict([*net.named_parameters(), *net.named_buffers()]) for net in self.nets]
-        for name in members[0] if members else ():
-            self._stacked[name] = torch.stack([own[name].detach() for own in members])
-            for own, piece in zip(members, self._stacked[name], strict=True):
-                own[name].data = piece
-
     def forward(self, degraded: Tensor, draw: Sequence[int] | None = None) -> list[Tensor]:
         """What each negative restores from `degraded` (B, 3, H, W): K tensors (B, 3, s * H, s * W), fp32, without
         gradients; of a negative with several views one after the other. Noise comes from torch's generator.
@@ -95,20 +83,9 @@ class Negatives(nn.Module):
             if self.per_image == "one":
                 past.append(self._dealt([net for net, s in nets if s.role == "negative"], degraded, draw))
                 nets = [(net, schedule) for net, schedule in nets if schedule.role == "anchor"]
-            if self._stacked:
-                past += self._all_at_once(degraded)
-                nets = []
             for net, schedule in nets:
                 past += net(_views(degraded, schedule)).chunk(schedule.views)
         return [p.to(torch.float32, copy=True) for p in past]  # tensors of inference mode would fit into no loss
-
-    def _all_at_once(self, degraded: Tensor) -> Tensor:
-        try:
-            return torch.vmap(partial(functional_call, self.nets[0], args=(degraded,)))(self._stacked)
-        except RuntimeError as error:
-            if "vmap" not in str(error):
-                raise
-            raise UserError(f"compute.stack_negatives: this network cannot be stacked ({error})") from error
 
     def _dealt(self, nets: Sequence[nn.Module], degraded: Tensor, draw: Sequence[int] | None) -> Tensor:
         if draw is None:

@@ -114,7 +114,7 @@ class Objective(nn.Module):
         """From now on the features, and the pass over what they differ by, are compiled."""
         for module in self.modules():
             if isinstance(module, Features):
-                module.compile(fullgraph=True, dynamic=False)
+                module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
         compile_pass()
 
     def state(self) -> dict[str, Tensor]:

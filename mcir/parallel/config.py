@@ -19,7 +19,7 @@ class ComputeConfig(Section):
     23. `bf16`: autocast. `fp16`: autocast with a dynamic loss scale, for GPUs without bf16 (V100, T4). By default what
     the launch file's mixed_precision says (bf16 in the files for GPUs; `no` is fp32), and without one fp32."""
     compile: bool = False
-    """torch.compile of the network's repeated blocks, shared by target and negatives."""
+    """torch.compile of the network's repeated blocks, shared by target and negatives; on a GPU of the features too."""
     checkpoint_activations: bool = False
     """Compute the activations of the target's repeated blocks again in the backward pass instead of keeping them."""
     channels_last: bool | None = None
@@ -29,9 +29,6 @@ class ComputeConfig(Section):
     another one, so resuming is then no longer exact to the bit."""
     cuda_graphs: bool = False
     """Whether target, negatives and features are each recorded once for each shape and replayed as one launch (GPUs,
-    single and ddp), for networks that wait for their launches. With `compile` the whole network is fused first."""
-    stack_negatives: bool = False
-    """Whether the K negatives compute as one network with K weights (torch.vmap): fewer and larger launches on a GPU,
-    for a network that is small enough to wait for them."""
+    single and ddp): for networks that wait for their launches, and best together with `compile`."""
     timeout_s: PositiveInt = 1800
     """A collective that a peer has not reached after so long ends the run."""

@@ -19,6 +19,7 @@ from mcir.data.loader import Batch, Loader
 from mcir.data.stages import phase_of
 from mcir.errors import UserError
 from mcir.evaluation.evaluate import try_first
+from mcir.objective.features import Features
 from mcir.objective.negatives import Negatives, restoration_error
 from mcir.objective.objective import Objective
 from mcir.parallel.accelerator import (
@@ -109,7 +110,8 @@ class Engine:
         self.recorded: list[Recorded] = []
         if config.compute.cuda_graphs:
             require_graphs(accelerator)
-            self.recorded = [Recorded(module) for module in (net, *self.negatives.nets)]
+            seen = [module for module in self.objective.modules() if isinstance(module, Features)]
+            self.recorded = [Recorded(module) for module in (net, *self.negatives.nets, *seen)]
         names = [name for name, _ in net.named_parameters()]
         self.model, self.optimizer = accelerator.prepare(net, optimizer)
         require_still_shared(names, unwrapped(accelerator, self.model))
@@ -117,8 +119,6 @@ class Engine:
         decay, warmup = config.ema_decay, config.ema_warmup
         self.ema = EMA(accelerator, self.model, self.optimizer, decay, warmup) if decay else None
         self.negatives.sync(accelerator, self.model, self.ema.full if self.ema else None)
-        if config.compute.stack_negatives:
-            self.negatives.stack()
         # features and an embedding with random weights: other CPUs may draw other last digits
         broadcast_from_first(accelerator, [*self.objective.parameters(), *self.objective.buffers()])
         self.loader = Loader(

@@ -44,7 +44,6 @@ SETTINGS = {  # of a step of each network, the most telling first
     "bf16": ["compute.precision=bf16"],
     "bf16, CUDA graphs": ["compute.precision=bf16", "compute.cuda_graphs=true"],
     "bf16, cudnn.benchmark": ["compute.precision=bf16", "compute.cudnn_benchmark=true"],
-    "bf16, stacked negatives": ["compute.precision=bf16", "compute.stack_negatives=true"],
     "tf32": ["compute.precision=tf32"],
     "fp32": ["compute.precision=fp32"],
     "bf16, compiled CUDA graphs": ["compute.precision=bf16", "compute.cuda_graphs=true", "compute.compile=true"],

@@ -5,8 +5,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from mcir import SPN, Negatives, Schedule
-from mcir.archs import build
-from mcir.bench.counts import count_operators
 from mcir.errors import UserError
 from mcir.objective.negatives import deal
 from mcir.parallel.shards import full_params
@@ -217,46 +215,3 @@ def test_the_average_as_source():
     negatives.update(1)
     assert torch.allclose(negatives.nets[0].weight, 0.25 * start + 0.75 * averaged.weight)
     assert torch.equal(negatives.nets[1].weight, net.weight)
-
-
-@pytest.mark.parametrize(
-    "arch",
-    [
-        {"name": "edsr", "scale": 2, "num_features": 8, "num_blocks": 2},
-        {"name": "swinir", "variant": "light", "scale": 2, "image_size": 16},
-        {"name": "nafnet", "width": 8},
-        {"name": "dehazeformer", "variant": "t"},
-        {"name": "zoo", "architecture": "RealPLKSR", "parameters": {"dim": 8, "n_blocks": 2, "upscaling_factor": 2}},
-    ],
-    ids=lambda arch: arch["name"],
-)
-def test_stacked_they_restore_move_and_load_as_one_by_one(arch):
-    torch.manual_seed(0)
-    accelerator, net = Accelerator(cpu=True), build(arch)
-    schedules = [Schedule(update_every=1), Schedule(update_every=2, start=0.5), Schedule(start=1.0), Schedule()]
-    alone, stacked = (Negatives(net, schedules, lambda: build(arch)) for _ in range(2))
-    for negatives in (alone, stacked):
-        negatives.sync(accelerator, net)
-    stacked.stack()
-    stacked.load_state_dict(alone.state_dict())
-    degraded = torch.rand(2, 3, 32, 32)
-    for step in (0, 1, 2):
-        if step:
-            with torch.no_grad():
-                for parameter in net.parameters():
-                    parameter.mul_(1.01)
-            for negatives in (alone, stacked):
-                negatives.update(step)
-        for one, other in zip(alone(degraded), stacked(degraded), strict=True):
-            torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
-    assert torch.equal(alone.checksum(), stacked.checksum())
-    assert count_operators(lambda _: stacked(degraded), []) < 0.7 * count_operators(lambda _: alone(degraded), [])
-
-
-def test_a_network_that_cannot_be_stacked_is_told():
-    arch = {"name": "zoo", "architecture": "SPAN", "parameters": {"num_in_ch": 3, "num_out_ch": 3, "upscale": 2}}
-    negatives = Negatives(net := build(arch), [Schedule(), Schedule()])
-    negatives.sync(Accelerator(cpu=True), net)
-    negatives.stack()
-    with pytest.raises(UserError, match=r"compute.stack_negatives: this network cannot be stacked \(accessing `data`"):
-        negatives(torch.rand(1, 3, 16, 16))

@@ -46,12 +46,13 @@ def test_tf32_is_refused_on_the_cpu():
 def test_fp32_is_fp32_on_a_gpu_and_tf32_is_not():
     """Products of numbers with 23 bits: TF32 keeps 10 of them."""
     torch.manual_seed(0)
-    a, image = torch.rand(256, 256, dtype=torch.float64), torch.rand(2, 32, 32, 32, dtype=torch.float64)
-    kernel = torch.rand(32, 32, 3, 3, dtype=torch.float64)
+    a, image = torch.rand(256, 256, dtype=torch.float64), torch.rand(4, 64, 48, 48, dtype=torch.float64)
+    kernel = torch.rand(64, 64, 3, 3, dtype=torch.float64)
     for precision, least, most in (("fp32", 0.0, 2e-6), ("tf32", 2e-5, 2e-3)):
         build_accelerator(precision=precision)
         product = a.float().cuda() @ a.float().cuda()
         convolved = torch.conv2d(image.float().cuda(), kernel.float().cuda())
-        for got, expected in ((product, a @ a), (convolved, torch.conv2d(image, kernel))):
+        pairs = {"product": (product, a @ a), "convolution": (convolved, torch.conv2d(image, kernel))}
+        for name, (got, expected) in pairs.items():
             error = float(((got.cpu().double() - expected).abs() / expected.abs().max()).max())
-            assert least <= error <= most, precision
+            assert least <= error <= most, f"{precision}, {name}"

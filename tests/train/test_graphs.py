@@ -9,9 +9,8 @@ from torch import nn
 from mcir.config import validate
 from mcir.errors import UserError
 from mcir.train.engine import build_engine
-from mcir.train.graphs import MAX_SHAPES, Recorded
+from mcir.train.graphs import MAX_RECORDINGS, Recorded, _aliases
 from tests.runs import tiny_config
-from tests.test_config import mistakes
 
 NETWORKS = {
     "edsr": {"name": "edsr", "scale": 2, "num_features": 8, "num_blocks": 2},
@@ -34,9 +33,20 @@ def test_a_cpu_has_none(tmp_path):
         build_engine(validate(tiny_config(tmp_path, compute={"cuda_graphs": True}), "run"))
 
 
-def test_what_is_computed_again_cannot_be_recorded(tmp_path):
-    values = tiny_config(tmp_path, compute={"cuda_graphs": True, "checkpoint_activations": True})
-    assert "compute.cuda_graphs: not with checkpoint_activations" in mistakes(values)
+def test_parameters_of_a_recording_are_others_in_the_same_memory():
+    """Gradients are theirs, and no node of autograd that belongs to the parameters is asked."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    net[2].weight = net[0].weight  # one that two modules share
+    parameters, image = list(net.parameters()), torch.rand(2, 3)
+    expected = torch.autograd.grad(net(image).sum(), parameters)
+    with _aliases(net) as aliases:
+        assert list(map(id, aliases)) == list(map(id, parameters))
+        assert not set(map(id, net.parameters())) & set(map(id, parameters))
+        assert [alias.data_ptr() for alias in aliases.values()] == [p.data_ptr() for p in parameters]
+        found = torch.autograd.grad(net(image).sum(), list(aliases.values()))
+    assert [id(p) for p in net.parameters()] == [id(p) for p in parameters]
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.gpu
@@ -58,13 +68,12 @@ def test_a_replay_is_the_call_with_its_draws_statistics_and_gradients():
             module.zero_grad()
         for expected, got in zip(*found, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
-    assert len(recorded.recordings) == 1
     with torch.no_grad():
         net(torch.rand(1, 3, 16, 16, device="cuda"))
     assert len(recorded.recordings) == 1
-    for side in range(16, 16 + 2 * MAX_SHAPES):
+    for side in range(16, 16 + 2 * MAX_RECORDINGS):
         net(torch.rand(1, 3, side, side, device="cuda"))
-    assert len(recorded.recordings) == MAX_SHAPES
+    assert len(recorded.recordings) == MAX_RECORDINGS
     recorded.forget()
     assert not recorded.recordings
 
@@ -87,7 +96,8 @@ def test_recorded_networks_train_the_same(tmp_path, network):
     changes = {"steps": 6, "accumulate": 2, "stages": [{"after": 4, "crop_size": 32, "batch_size": 4}]}
     plain = trained(tmp_path, "plain", network, **changes)
     recorded = trained(tmp_path, "recorded", network, compute={"cuda_graphs": True}, **changes)
-    assert [len(module.recordings) for module in recorded.recorded] == [1, 1, 1]
+    # the target, two negatives, and the features with and without gradients
+    assert [len(module.recordings) for module in recorded.recorded] == [1, 1, 1, 2]
     for module, other in ((plain.model, recorded.model), (plain.negatives, recorded.negatives)):
         for (name, a), b in zip(module.named_parameters(), other.parameters(), strict=True):
             assert torch.allclose(a, b, rtol=0, atol=1e-5), name
