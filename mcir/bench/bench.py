@@ -183,13 +183,11 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
             engine.step(_take(batches, config.num_micro_batches))
         _wait(device)
         warmup = time.perf_counter() - start
-        whole, waited, watch = time.perf_counter(), 0.0, Stopwatch(device)
+        whole, watch = time.perf_counter(), Stopwatch(device)
         with watched(engine, watch):
             for _ in range(steps):
                 watch.begin("data")
-                before = time.perf_counter()
                 micro_batches = _take(batches, config.num_micro_batches)
-                waited += time.perf_counter() - before
                 watch.begin("other")
                 engine.step(micro_batches)
             watch.begin("data")
@@ -221,6 +219,7 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
                 took = _milliseconds(lambda: step(fixed), device, 1 if i == 0 else 3)  # noqa: B023
                 rates[name] += [took] if i else []  # the first round warms up
     step_ms = [1e3 * sum(step.values()) for step in timed]
+    parts_ms = {p: 1e3 * statistics.fmean(step.get(p, 0.0) for step in timed) for p in PARTS}
     ms = {name: statistics.median(taken) for name, taken in rates.items()}
     return {
         "name": config.name,
@@ -239,8 +238,8 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
         "images_per_s": steps * config.batch_size / whole,
         "step_ms": statistics.median(step_ms),
         "step_ms_quartiles": statistics.quantiles(step_ms, n=4)[::2] if len(step_ms) > 1 else step_ms * 2,
-        "data_wait": waited / whole,
-        "parts_ms": {p: 1e3 * statistics.fmean(step.get(p, 0.0) for step in timed) for p in PARTS},
+        "data_wait": parts_ms["data"] / sum(parts_ms.values()),
+        "parts_ms": parts_ms,
         "update_ms": update,
         "memory_gib": memory,
         "flops": flops,

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from ruamel.yaml import YAML
 
 from mcir.config import RunConfig
@@ -107,5 +108,7 @@ def _settings(config: RunConfig) -> list[list[dict[str, Any]]]:
     choices.append([{"compute.channels_last": not compute.channels_last}])
     if not compute.compile:
         choices.append([{"compute.compile": True}])
+    if torch.cuda.is_available() and not (compute.cuda_graphs or compute.checkpoint_activations):
+        choices.append([{"compute.cuda_graphs": True}])
     sizes = [config.batch_size * 2**i for i in range(1, MAX_DOUBLINGS + 1)]
     return [*choices, [{"batch_size": size} for size in sizes]]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import TypeIs
 
 from mcir.parallel.gather import Fragment, Piece, Slot, gathered
@@ -30,8 +31,8 @@ def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
 def unwrapped(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """The network inside DDP's or DeepSpeed's wrapper. `Accelerator.unwrap_model` imports DeepSpeed wherever it is
     installed."""
-    wrapped = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
-    return model.module if accelerator.distributed_type in wrapped else model  # type: ignore[return-value]
+    wrapped = is_zero(accelerator) or isinstance(model, DistributedDataParallel)  # one GPU alone is not wrapped in DDP
+    return model.module if wrapped else model  # type: ignore[return-value]
 
 
 def is_zero(accelerator: Accelerator) -> bool:
@@ -249,9 +250,10 @@ def _zero_load_moments(
     step = next((s for name, _ in trained if (s := read(f"{name}/step")) is not None), None)
     if step is None:
         return
+    fused = any(group.get("fused") for group in zero.optimizer.param_groups)
     for partition in local_masters(accelerator, model, optimizer):
         state = zero.optimizer.state[partition]
-        state["step"] = step.clone().float()
+        state["step"] = step.to(partition.device if fused else "cpu", torch.float32, copy=True)
         state.update({key: torch.zeros_like(partition) for key in MOMENTS})
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._lazy_init_hp_params_optimizer_state()  # stages 1 and 2: where each parameter's moments lie
