@@ -23,7 +23,7 @@ def attend_plainly(qkv: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         out = _Attention.apply(q, k, v, bias, mask)
     else:
-        out = torch.bmm(v, _probabilities(q, k, bias, mask).to(v.dtype).mT)  # also under torch.vmap
+        out = torch.bmm(v, _probabilities(q, k, bias, mask).to(v.dtype).mT)
     return out.unflatten(0, qkv.shape[1:4]).mT
 
 

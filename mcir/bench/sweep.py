@@ -106,9 +106,9 @@ def _settings(config: RunConfig) -> list[list[dict[str, Any]]]:
     if compute.precision != "bf16" and descriptor.bf16:
         choices.append([{"compute.precision": "bf16"}])
     choices.append([{"compute.channels_last": not compute.channels_last}])
-    if not compute.compile:
-        choices.append([{"compute.compile": True}])
     if torch.cuda.is_available() and not (compute.cuda_graphs or compute.checkpoint_activations):
         choices.append([{"compute.cuda_graphs": True}])
+    if not compute.compile:
+        choices.append([{"compute.compile": True}])
     sizes = [config.batch_size * 2**i for i in range(1, MAX_DOUBLINGS + 1)]
     return [*choices, [{"batch_size": size} for size in sizes]]

@@ -29,6 +29,7 @@ class ComputeConfig(Section):
     another one, so resuming is then no longer exact to the bit."""
     cuda_graphs: bool = False
     """Whether target, negatives and features are each recorded once for each shape and replayed as one launch (GPUs,
-    single and ddp): for networks that wait for their launches, and best together with `compile`."""
+    single and ddp): for networks that wait for their launches, and best together with `compile`. What a network draws
+    or decides on the host stays as it was recorded; the memory of all that is recorded is kept, beside the plan."""
     timeout_s: PositiveInt = 1800
     """A collective that a peer has not reached after so long ends the run."""

@@ -1,7 +1,8 @@
 """CUDA graphs: a GPU replays as one launch what the host would have to send it operator by operator."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from mcir.errors import UserError
 from mcir.parallel.accelerator import strategy
 
 MAX_RECORDINGS = 4
-"""Of a module, for one crop size: a batch that lacks samples is not worth its own."""
+"""Of a module, until they are forgotten: batches that lack samples have sizes of their own, and keep as much memory."""
 WARM_UPS = 3
 """Calls before the recording, in which libraries and compiled blocks choose their kernels."""
 Images = Tensor | Sequence[Tensor]
@@ -24,15 +25,16 @@ class Recorded:
     ever.
 
     Weights are read where they are, so an optimizer or an update of a negative that writes in place needs no new
-    recording. Draws come from torch's generator as it is at each replay. What the module returns is overwritten by its
-    next call of that kind. Hooks on the module stay outside.
+    recording. Draws come from torch's generator of the device as it is at each replay; what the host draws or decides
+    stays as it was recorded. What the module returns is overwritten by its next call of that kind, unless a backward
+    pass is still to come: then that call is computed as ever. Hooks on the module stay outside.
     """
 
     replays = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.compute = module, module.forward
-        self.recordings = dict[Any, Callable[[Tensor], Images]]()
+        self.recordings = dict[tuple[torch.Size, bool], _Recording]()
         module.forward = self
 
     def __call__(self, image: Tensor) -> Images:
@@ -43,57 +45,94 @@ class Recorded:
         if kind not in self.recordings and len(self.recordings) < MAX_RECORDINGS:
             with _left_as_it_was(self.module), _without_cache():
                 self.recordings[kind] = self._record(image, differentiated)
-        return self.recordings.get(kind, self.compute)(image)
+        recording = self.recordings.get(kind)
+        return self.compute(image) if recording is None or recording.awaits_backward else recording(image)
 
     def forget(self) -> None:
         """Give the memory of the recordings back."""
         self.recordings.clear()
 
-    def _record(self, image: Tensor, differentiated: bool) -> Callable[[Tensor], Images]:
+    def _record(self, image: Tensor, differentiated: bool) -> "_Recording":
         given, stream = image.detach().clone().requires_grad_(image.requires_grad), torch.cuda.Stream()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with _aliases(self.module) as aliases:
-            inputs = [given, *aliases.values()]  # the image, then the parameters
-            asked = [tensor for tensor in inputs if tensor.requires_grad and differentiated]
+            asked = [tensor for tensor in (given, *aliases.values()) if tensor.requires_grad and differentiated]
+
+            def backpropagate(*others: Tensor) -> tuple[Tensor | None, ...]:
+                with torch.autocast("cuda", enabled=False):  # as the engine does
+                    return torch.autograd.grad(outputs, [*asked, *others], incoming, allow_unused=True)
+
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
+                for i in range(WARM_UPS):
                     outputs = _listed(self.compute(given))
                     incoming = [torch.zeros_like(output) for output in outputs]
                     if asked:
-                        torch.autograd.grad(outputs, asked, incoming, allow_unused=True)
+                        originals = [p for p in aliases if p.requires_grad] if i == 0 else []
+                        _require_none(backpropagate(*originals)[len(asked) :])
             torch.cuda.current_stream().wait_stream(stream)
+            _require_none([p for p, alias in aliases.items() if p.data_ptr() != alias.data_ptr()])
             with torch.cuda.graph(forward, stream=stream, capture_error_mode="thread_local"):
                 made = self.compute(given)
             outputs, found = _listed(made), tuple[Tensor | None, ...]()
             if asked:
                 with torch.cuda.graph(backward, pool=forward.pool(), stream=stream, capture_error_mode="thread_local"):
-                    found = torch.autograd.grad(outputs, asked, incoming, allow_unused=True)
-        of = dict(zip(map(id, asked), found, strict=True))
-        outgoing = [of.get(id(tensor)) for tensor in inputs]
-        outputs, single = [output.detach() for output in outputs], isinstance(made, Tensor)
-        del made, aliases, inputs, asked
+                    found = backpropagate()
+        got = {id(tensor): gradient for tensor, gradient in zip(asked, found, strict=True) if gradient is not None}
+        return _Recording(
+            given.detach(),
+            [output.detach() for output in outputs],
+            isinstance(made, Tensor),
+            incoming,
+            got.get(id(given)),
+            {parameter: got[id(alias)] for parameter, alias in aliases.items() if id(alias) in got},
+            forward,
+            backward,
+        )
 
-        class Replayed(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, image: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-                given.detach().copy_(image)
-                forward.replay()
-                return tuple(output.detach() for output in outputs)
 
-            @staticmethod
-            def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-                torch._foreach_copy_(incoming, gradients)
-                backward.replay()
-                # copies: autograd keeps what it is given as a parameter's gradient, and the next replay writes there
-                found = iter(torch._foreach_mul([gradient for gradient in outgoing if gradient is not None], 1.0))
-                return tuple(None if gradient is None else next(found) for gradient in outgoing)
+@dataclass
+class _Recording:
+    """Two graphs and the memory that they read and write."""
 
-        def replay(image: Tensor) -> Images:
-            made = Replayed.apply(image, *self.module.parameters())
-            return made[0] if single else list(made)
+    image: Tensor
+    outputs: list[Tensor]
+    single: bool
+    incoming: list[Tensor]
+    """Gradients of the outputs."""
+    gradient: Tensor | None
+    """Of the image."""
+    gradients: dict[nn.Parameter, Tensor]
+    """Of the parameters that get one: DDP looks for the others."""
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    awaits_backward: bool = False
+    """Whether the memory holds what a backward pass will read."""
 
-        return replay
+    def __call__(self, image: Tensor) -> Images:
+        made = _Replay.apply(self, image, *self.gradients)
+        return made[0] if self.single else list(made)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, image: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.recording = recording
+        recording.image.copy_(image)
+        recording.forward.replay()
+        recording.awaits_backward = recording.gradient is not None or bool(recording.gradients)
+        return tuple(output.detach() for output in recording.outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        recording: _Recording = ctx.recording
+        torch._foreach_copy_(recording.incoming, gradients)
+        recording.backward.replay()
+        recording.awaits_backward = False
+        # copies: autograd keeps what it is given as a parameter's gradient, and the next replay writes there
+        image = None if recording.gradient is None else recording.gradient.clone()
+        parameters = list(recording.gradients.values())
+        return None, image, *(torch._foreach_mul(parameters, 1.0) if parameters else ())
 
 
 @contextmanager
@@ -113,6 +152,14 @@ def require_graphs(accelerator: Accelerator) -> None:
         raise UserError("compute.cuda_graphs: they are a GPU's, and this process computes on the CPU: set it to false")
     if (chosen := strategy(accelerator)) not in ("single", "ddp"):
         raise UserError(f"compute.cuda_graphs: under single and ddp alone, not under {chosen}")
+
+
+def _require_none(apart: Sequence[Tensor | None]) -> None:
+    if any(tensor is not None for tensor in apart):
+        raise UserError(
+            "compute.cuda_graphs: the network reads a parameter elsewhere than where its module holds it (a list of "
+            "its own, the flat weights of an LSTM), which a recording would not follow: set it to false"
+        )
 
 
 def _listed(images: Images) -> list[Tensor]:
@@ -139,7 +186,7 @@ def _aliases(module: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
     """Buffers, such as running statistics, and torch's generators."""
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()]):
         yield
     for buffer, before in buffers:
         buffer.copy_(before)

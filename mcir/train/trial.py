@@ -31,11 +31,12 @@ def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> 
     scale, crop = config.arch.descriptor.scale, min(phase.crop_size for phase in config.phases)
     with torch.random.fork_rng(), autocast(accelerator):
         tried = deepcopy(net).to(accelerator.device)
-        asked, unit = "compute.compile", "each block"
+        asked = " and ".join(
+            name for name in ("compute.compile", "compute.cuda_graphs") if getattr(config.compute, name[8:])
+        )
         if config.compute.compile:  # traced, not turned into machine code
             compile_blocks(tried, config.arch.descriptor, backend="eager")
         if config.compute.cuda_graphs:
-            asked, unit = "compute.cuda_graphs", "the whole of it"
             require_graphs(accelerator)
             Recorded(tried)
         # two samples: statistics over a batch of one, where the features are a pixel, are none
@@ -48,7 +49,7 @@ def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> 
             failed = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             if config.compute.cuda_graphs or config.compute.compile:
                 raise UserError(
-                    f"the network cannot be trained with {asked}, where {unit} must be one graph: {failed}"
+                    f"the network cannot be trained with {asked}, where a block is one graph: {failed}"
                 ) from error
             raise UserError(
                 f"the network cannot be trained: with data.crop_size {crop} {tuple(image.shape)} ends in {failed}"

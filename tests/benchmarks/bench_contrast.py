@@ -44,9 +44,9 @@ def main() -> None:
     clean = torch.rand(given.batch, 3, 4 * side, 4 * side, device=device)
     optimizer = torch.optim.Adam(net.parameters(), 1e-9, fused=True)
     compiled = SPN(weights="random").to(device)
-    compiled.features.compile()
+    compiled.features.forward = torch.compile(compiled.features.forward, fullgraph=True, dynamic=False)
     nhwc = [deepcopy(negative).to(memory_format=torch.channels_last) for negative in negatives]
-    take_in, compiled_take_in = distance._take_in, torch.compile(distance._take_in, dynamic=False)
+    take_in, compiled_take_in = distance.take_in, torch.compile(distance.take_in, dynamic=False)
 
     def nchw(image: Tensor) -> list[Tensor]:
         x, taps = (image - spn.features.mean) / spn.features.std, []
@@ -92,9 +92,9 @@ def main() -> None:
         return value
 
     def in_one_kernel(restored: Tensor) -> Tensor:
-        distance._take_in = compiled_take_in
+        distance.take_in = compiled_take_in
         value = spn(restored, past())
-        distance._take_in = take_in
+        distance.take_in = take_in
         return value
 
     ways: dict[str, Callable[[Tensor], Tensor]] = {

@@ -3,6 +3,7 @@ import torch
 from torchvision.models import vgg16, vgg19
 
 from mcir.errors import UserError
+from mcir.objective import distance
 from mcir.objective.features import Features, tap_indices
 from mcir.objective.objective import Objective, ObjectiveConfig
 from mcir.objective.spn import SPN
@@ -117,3 +118,23 @@ def test_the_restored_features_are_computed_once_whatever_k(pair):
     spn.features.layers[0].register_forward_hook(lambda *_: passes.append(1))
     spn(pair[0], [pair[1]] * 3)
     assert len(passes) == 4
+
+
+@pytest.mark.slow
+def test_compiled_passes_give_the_same(monkeypatch):
+    """What a GPU compiles, compiled for the CPU."""
+    monkeypatch.setattr(distance, "take_in", distance.take_in)  # restored after this test
+    config = ObjectiveConfig.model_validate({"contrast": {"name": "spn", "features": {"weights": "random"}}})
+    torch.manual_seed(0)
+    image, clean, *past = torch.rand(4, 2, 3, 32, 32)
+    found = []
+    for compiled in (False, True):
+        objective, restored = Objective(config), image.clone().requires_grad_()
+        if compiled:
+            objective.compile_passes()
+        losses = objective(restored, clean, clean, past)
+        losses["total"].backward()
+        found.append((losses["contrast"].detach(), restored.grad))
+    (value, gradient), (other_value, other_gradient) = found
+    torch.testing.assert_close(other_value, value, rtol=1e-5, atol=0)
+    assert (other_gradient - gradient).norm() < 1e-3 * gradient.norm()

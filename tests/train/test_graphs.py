@@ -78,6 +78,38 @@ def test_a_replay_is_the_call_with_its_draws_statistics_and_gradients():
     assert not recorded.recordings
 
 
+@pytest.mark.gpu
+def test_a_call_before_the_backward_pass_of_the_last_one_leaves_it_alone():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 3, 3)).cuda()
+    net, images = deepcopy(plain), torch.rand(2, 1, 3, 16, 16, device="cuda")
+    recorded = Recorded(net)
+    for module in (plain, net):
+        first, second = map(module, images)
+        (first.square().mean() + second.abs().mean()).backward()
+    for a, b in zip(plain.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-5)
+    assert len(recorded.recordings) == 1
+
+
+@pytest.mark.gpu
+def test_a_parameter_that_a_recording_would_not_follow_is_refused():
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+            self.own = [self.weight]
+
+        def forward(self, image):
+            return image * self.own[0]
+
+    net = Apart().cuda()
+    net.own = [net.weight]
+    Recorded(net)
+    with pytest.raises(UserError, match=r"compute.cuda_graphs: the network reads a parameter elsewhere"):
+        net(torch.rand(1, 3, 8, 8, device="cuda"))
+
+
 def trained(tmp_path, name, network, **changes):
     values = tiny_config(tmp_path, name=name, arch=NETWORKS[network], **changes)
     values["objective"]["contrast"]["negatives"] = [
@@ -90,12 +122,13 @@ def trained(tmp_path, name, network, **changes):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("network", ["edsr", "swinir"])
-def test_recorded_networks_train_the_same(tmp_path, network):
+def test_recorded_networks_train_the_same(tmp_path, network, compiled):
     """Over micro-batches, updates of the negatives, which are written in place, and a change of sizes."""
     changes = {"steps": 6, "accumulate": 2, "stages": [{"after": 4, "crop_size": 32, "batch_size": 4}]}
-    plain = trained(tmp_path, "plain", network, **changes)
-    recorded = trained(tmp_path, "recorded", network, compute={"cuda_graphs": True}, **changes)
+    plain = trained(tmp_path, "plain", network, compute={"compile": compiled}, **changes)
+    recorded = trained(tmp_path, "recorded", network, compute={"compile": compiled, "cuda_graphs": True}, **changes)
     # the target, two negatives, and the features with and without gradients
     assert [len(module.recordings) for module in recorded.recorded] == [1, 1, 1, 2]
     for module, other in ((plain.model, recorded.model), (plain.negatives, recorded.negatives)):
