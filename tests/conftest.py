@@ -2,6 +2,9 @@
 checkout in which they leave nothing behind."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two files at a time would share the cores twice over
+
 import tempfile
 from pathlib import Path
 
