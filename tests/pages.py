@@ -20,7 +20,7 @@ from mcir.cli import main
 from mcir.config import load
 from mcir.weights.files import save_weights
 from tests import hub
-from tests.distributed.launch import environment
+from tests.distributed.launch import environment, python_path
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = (
@@ -195,7 +195,7 @@ def place(folder: Path) -> Iterator[Place]:
     with hub.serve(folder / "hub") as server:
         variables = {
             "PATH": f"{folder / '.venv/bin'}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(folder),
+            "PYTHONPATH": python_path(folder),
             "PYTHONDONTWRITEBYTECODE": "",
             "TORCH_HOME": str(folder / "torch"),
             "HF_HOME": str(folder / "hf"),

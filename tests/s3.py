@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from urllib.request import Request, urlopen
 
+import pytest
+
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "id-of-tests",
     "AWS_SECRET_ACCESS_KEY": "secret-of-tests",
@@ -68,11 +70,11 @@ class Wire:
 @contextmanager
 def serve() -> Iterator[Wire]:
     """The environment points to it meanwhile; there is a bucket called `bucket`."""
-    from moto.server import ThreadedMotoServer
+    moto = pytest.importorskip("moto.server", reason="no moto, of mcir[dev]: an S3 server on this machine")
     from s3fs import S3FileSystem
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     wire = Wire(server.get_host_and_port()[1])
     before = dict(os.environ)

@@ -231,5 +231,6 @@ def _noise(images: Tensor) -> Tensor:
 
 
 def to_float(image: Tensor) -> Tensor:
-    """uint8 -> fp32 in [0, 1]; floats pass."""
-    return image.float().div_(255) if image.dtype == torch.uint8 else image
+    """uint8 -> fp32 in [0, 1], the same bits on every device: CUDA divides by a tensor, and multiplies with the rounded
+    inverse of a plain number. Floats pass."""
+    return image / image.new_full((), 255) if image.dtype == torch.uint8 else image

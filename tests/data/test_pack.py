@@ -29,6 +29,7 @@ from mcir.data.parquet import open_parquet
 from mcir.data.resize import imresize
 from mcir.data.spool import crop_positions
 from mcir.errors import UserError
+from tests.distributed.launch import python_path
 
 
 def save(path: Path, pixels: np.ndarray) -> None:
@@ -296,7 +297,7 @@ def test_a_killed_pack_of_several_processes_continues_to_the_same_bytes(tmp_path
     (tmp_path / "program.py").write_text(program)
     output = tmp_path / "out"
     command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "clean"), str(output)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": python_path()}
     kills = 0
     for wanted in (".spool/*.arrow", "*.parquet"):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)

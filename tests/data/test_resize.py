@@ -44,12 +44,12 @@ def read(path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4])
-def test_equals_the_published_low_resolution_set5(shared_data, factor):
+def test_equals_the_published_low_resolution_set5(set5, factor):
     num_differing = {}
-    for path in sorted((shared_data / "Set5/HR").glob("*.png")):
+    for path in sorted((set5 / "HR").glob("*.png")):
         clean = read(path)
         height, width = (side // factor * factor for side in clean.shape[-2:])
-        published = read(shared_data / f"Set5/LR_bicubic/X{factor}/{path.stem}x{factor}.png")
+        published = read(set5 / f"LR_bicubic/X{factor}/{path.stem}x{factor}.png")
         made = imresize(clean[:, :height, :width], 1 / factor)
         assert made.shape == published.shape
         num_differing[path.name] = int((made != published).sum())

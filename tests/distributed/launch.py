@@ -32,9 +32,14 @@ def command(
     return [*python, *launcher, *what, *arguments]
 
 
+def python_path(root: Path = ROOT) -> str:
+    """`root` before what is on the path already."""
+    return os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+
+
 def environment() -> dict[str, str]:
     """Rehearsals, also on a machine with a GPU: what `single` trains is compared with the `*_cpu` files."""
-    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": "-1"}
+    ours = {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": "-1"}
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
     return inherited | ours
 

@@ -1,12 +1,10 @@
 """Two processes measure what one measures, however few images there are, and one waits for the other without end."""
 
 import json
-import sys
 
 import pytest
 
 from mcir.archs import build
-from mcir.cli import main
 from mcir.weights.files import save_weights
 from tests.distributed.launch import run
 from tests.runs import write_dataset
@@ -32,7 +30,7 @@ accelerator.end_training()
 """
 
 
-def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
+def test_two_processes_give_what_one_gives(tmp_path):
     """Three images for two processes, and one."""
     sets = [str(write_dataset(tmp_path / name, num, num_shards=1)) for name, num in (("three", 3), ("one", 1))]
     weights = []
@@ -44,9 +42,8 @@ def test_two_processes_give_what_one_gives(tmp_path, monkeypatch):
         files = ["--json", str(output / "r.json"), "--save-images", str(output / "images")]
         return ["evaluate", "--weights", *weights, "--data", *sets, *files, "--divergence", str(output / "maps")]
 
-    monkeypatch.setattr(sys, "argv", ["mcir", *arguments(tmp_path / "alone")])
-    with pytest.raises(SystemExit, match="0"):
-        main()
+    process = run("single", *arguments(tmp_path / "alone"))
+    assert process.returncode == 0, process.stdout
     process = run("ddp_cpu", *arguments(tmp_path / "shared"), timeout=300)
     assert process.returncode == 0, process.stdout
     assert process.stdout.count("PSNR, dB") == 2  # two tables once, not once a process

@@ -29,12 +29,12 @@ def random_pair(batch=2, height=40, width=33, seed=0):
 
 
 @every_protocol
-def test_equals_the_official_code_on_set5(shared_data, protocol):
+def test_equals_the_official_code_on_set5(set5, protocol):
     images = json.loads(find("metrics_set5.json").read_text())["images"]
     assert len(images) == 5
     apart = {}
     for name, facts in images.items():
-        clean = np.asarray(Image.open(shared_data / "Set5" / "HR" / name).convert("RGB")).astype(np.float64)
+        clean = np.asarray(Image.open(set5 / "HR" / name).convert("RGB")).astype(np.float64)
         noise = np.random.default_rng(facts["seed"]).normal(0, facts["sigma"], clean.shape)
         restored = ((clean + noise).clip(0, 255) / 255).astype(np.float32)
         pair = [torch.from_numpy(x).permute(2, 0, 1)[None].float() for x in (restored, clean / 255)]

@@ -102,6 +102,7 @@ def checkpoint_tensors(run_dir, step):
 STAGES = [{"after": 2, "crop_size": 24, "batch_size": 8}, {"after": 4, "crop_size": 32, "batch_size": 4}]
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("stages", [[], STAGES], ids=["constant", "stages"])
 def test_six_steps_equal_three_and_three_more(tmp_path, stages):
     values = tiny_config(tmp_path, steps=6, stages=stages)
@@ -143,6 +144,7 @@ def with_history(folder, **overrides):
     return tiny_config(folder, objective={"contrast": HISTORY["contrast"]}, **overrides)
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_every_kind_of_history_resumes_to_the_bit(tmp_path):
     values = with_history(tmp_path, steps=6, tracking={"log_every": 1})
     whole = build_engine(validate(values, "whole"))
@@ -159,6 +161,7 @@ def test_every_kind_of_history_resumes_to_the_bit(tmp_path):
         assert torch.equal(value, got[key]), key
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_no_negatives_trains_plainly(tmp_path):
     """With K = 0 the trained weights are those of the reconstruction loss alone."""
     plain = build_engine(validate(tiny_config(tmp_path, objective={"contrast": None}, steps=2), "plain"))
@@ -241,6 +244,7 @@ def test_each_run_of_a_process_computes_in_its_own_precision(tmp_path):
         assert start["environment"]["precision"] == precision or precision is None
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_fp16_scales_its_loss_halves_the_scale_where_it_overflows_and_goes_on_exactly(tmp_path):
     """A scale of 2^40 overflows fp16 (65504) until it has been halved often enough; weights stay as they are
     meanwhile. A run that is resumed in the middle of that has the same weights at the end."""
@@ -308,6 +312,7 @@ def test_one_compiled_graph_serves_all_negatives_before_and_after_their_updates(
         assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_checkpointed_activations_change_nothing_and_are_not_kept(tmp_path):
     def trained(name, on):
         values = tiny_config(tmp_path, name=name, steps=2, compute={"checkpoint_activations": on})

@@ -28,6 +28,7 @@ def test_a_number_is_taken_as_it_is(tmp_path):
     assert micro_batches(config, Accelerator(cpu=True), 1) == 2
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_the_run_and_its_checkpoint_hold_the_number(tmp_path):
     engines = []
     for accumulate in ("auto", 1):

@@ -56,6 +56,7 @@ def weights(engine):
     return {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
 
 
+@pytest.mark.usefixtures("deterministic")
 def test_a_lost_disk(store, wire, tmp_path):
     """Every checkpoint is copied, older ones go as they go here; on an empty disk the run goes on from the copy, to the
     bit, over a wire that is cut; what the store holds can be measured."""

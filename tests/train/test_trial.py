@@ -96,6 +96,7 @@ def test_blocks_that_the_network_has_not_are_an_error(own, tmp_path, blocks):
         build_engine(validate(tiny_config(tmp_path, arch=own("Base", blocks=blocks)), "test"))
 
 
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize(("name", "more"), [("WeightNorm", {}), ("Tied", {}), ("Scales", {"result": "last"})])
 def test_it_trains_resumes_and_is_opened_again(own, tmp_path, name, more):
     values = tiny_config(tmp_path, arch=own(name, **more), steps=2, checkpoint={"every": 2})
@@ -103,9 +104,10 @@ def test_it_trains_resumes_and_is_opened_again(own, tmp_path, name, more):
     assert first.fit() == 0
     resumed = build_engine(validate(values | {"steps": 3}, "test"), resume="auto")
     assert resumed.state.step == 2
-    image = torch.rand(1, 3, 8, 8)
+    device = resumed.accelerator.device
+    image = torch.rand(1, 3, 8, 8, device=device)
     trained = open_trained([str(first.run_dir)], kind="target", allow_import=True)[0]
-    restored = infer(trained.net, trained.arch.descriptor, image)
+    restored = infer(trained.net_on(device), trained.arch.descriptor, image)
     assert restored.shape == (1, 3, 16, 16)
     assert torch.equal(restored, images_of(resumed.model.eval()(image))[0])
     assert resumed.fit() == 0
