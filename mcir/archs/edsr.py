@@ -28,6 +28,10 @@ class ResidualBlock(nn.Module):
         return torch.add(x, self.conv2(torch.relu(self.conv1(x))), alpha=self.res_scale)
 
 
+class Upsampler(nn.Sequential):
+    """Convolutions, each with a pixel shuffle: a class of its own, that compiles to one graph."""
+
+
 class EDSR(nn.Module):
     """(B, 3, H, W) in [0, 1] -> (B, 3, scale * H, scale * W), not clamped. Any size."""
 
@@ -43,7 +47,7 @@ class EDSR(nn.Module):
         stages: list[nn.Module] = []
         for factor in [2, 2] if scale == 4 else [scale]:
             stages += [nn.Conv2d(num_features, num_features * factor**2, 3, padding=1), PixelShuffle(factor)]
-        self.upsample = nn.Sequential(*stages)
+        self.upsample = Upsampler(*stages)
         self.conv_last = nn.Conv2d(num_features, 3, 3, padding=1)
 
     def forward(self, degraded: Tensor) -> Tensor:
@@ -67,7 +71,7 @@ class Edsr(Arch):
 
     @property
     def descriptor(self) -> Descriptor:
-        return Descriptor(scale=self.scale, blocks=("ResidualBlock",), channels_last=True)
+        return Descriptor(scale=self.scale, blocks=("ResidualBlock", "Upsampler"), channels_last=True)
 
     def build(self) -> nn.Module:
         return EDSR(self.scale, self.num_features, self.num_blocks, self.res_scale, self.img_range)

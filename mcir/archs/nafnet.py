@@ -36,7 +36,7 @@ class Nafnet(Arch):
 
     @property
     def descriptor(self) -> Descriptor:
-        return Descriptor(blocks=("NAFBlock",), channels_last=True)
+        return Descriptor(blocks=("NAFBlock", "Up"), channels_last=True)
 
     def build(self) -> nn.Module:
         from mcir.archs.nafnet_network import NAFNet, localise

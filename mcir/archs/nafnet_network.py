@@ -40,6 +40,14 @@ class NAFBlock(official.NAFBlock):
         return torch.addcmul(x, self.conv5(self.sg(self.conv4(self.norm2(x)))), self.gamma)
 
 
+class Up(nn.Sequential):
+    """To twice the size and half the features, and what was there on the way down. (B, C, H, W), (B, C / 2, 2 * H,
+    2 * W) -> second's shape."""
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) + skip
+
+
 class NAFNet(SpandrelNAFNet):
     """(B, 3, H, W) in [0, 1] -> same shape and range, not clamped. Any size."""
 
@@ -54,6 +62,8 @@ class NAFNet(SpandrelNAFNet):
             module.__class__ = exchanged.get(type(module), type(module))
             if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
                 module.__class__ = Pointwise
+        for up in self.ups:
+            up.__class__ = Up
 
     def forward(self, degraded: Tensor) -> Tensor:
         height, width = degraded.shape[2:]
@@ -68,7 +78,7 @@ class NAFNet(SpandrelNAFNet):
             x = down(x).to(dtype)  # (B, 2 * C, H / 2, W / 2)
         x = self.middle_blks(x)
         for decoder, up in zip(self.decoders, self.ups, strict=True):
-            x = decoder(up(x) + skips.pop())
+            x = decoder(up(x, skips.pop()))
         return (self.ending(x) + image)[:, :, :height, :width]
 
 

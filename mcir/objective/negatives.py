@@ -23,6 +23,26 @@ Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 """Gives whole parameters and buffers, as `full_params`; collective."""
 
 
+class History(nn.ModuleList):
+    """Networks that look at the same images. (B, 3, H, W) -> of each (B, 3, s * H, s * W)."""
+
+    streams: Sequence[torch.cuda.Stream] = ()
+    """Of a GPU, one a network: they compute beside each other, since each alone leaves the device half empty, and their
+    features are in memory together. None: one after the other."""
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        if not self.streams:
+            return [net(images) for net in self]
+        here, restored = torch.cuda.current_stream(), list[Tensor]()
+        for net, stream in zip(self, self.streams, strict=True):
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                restored.append(net(images))
+        for stream in self.streams:
+            here.wait_stream(stream)
+        return restored
+
+
 class Negatives(nn.Module):
     """K frozen copies of `target` that follow it on `schedules`.
 
@@ -48,7 +68,7 @@ class Negatives(nn.Module):
         self.per_image = per_image
         if init is None and any(schedule.start > 0 for schedule in schedules):
             raise UserError("a negative with start > 0 needs `init`, a function that builds a fresh network")
-        self.nets = nn.ModuleList(deepcopy(target) if s.start == 0 or init is None else init() for s in schedules)
+        self.nets = History(deepcopy(target) if s.start == 0 or init is None else init() for s in schedules)
         self.nets.requires_grad_(False).eval()
         self._accelerator: Accelerator | None = None
         self._weights: dict[str, Weights] = {}
@@ -77,15 +97,24 @@ class Negatives(nn.Module):
         Where one is dealt to each image: one tensor in place of all negatives', then the anchors'. The deal is drawn
         from `draw`, such as (seed, step), equal on all ranks.
         """
-        past: list[Tensor] = []
         with torch.inference_mode(), autocast(self._attached()):
-            nets = list(zip(self.nets, self.schedules, strict=True))
-            if self.per_image == "one":
-                past.append(self._dealt([net for net, s in nets if s.role == "negative"], degraded, draw))
-                nets = [(net, schedule) for net, schedule in nets if schedule.role == "anchor"]
-            for net, schedule in nets:
-                past += net(_views(degraded, schedule)).chunk(schedule.views)
+            past = self.nets(degraded) if self.see_the_same else self._each(degraded, draw)
         return [p.to(torch.float32, copy=True) for p in past]  # tensors of inference mode would fit into no loss
+
+    @property
+    def see_the_same(self) -> bool:
+        """Whether all negatives restore the very images of a batch."""
+        return self.per_image == "all" and all(schedule.views == 1 for schedule in self.schedules)
+
+    def _each(self, degraded: Tensor, draw: Sequence[int] | None) -> list[Tensor]:
+        """The same, of negatives that see images of their own."""
+        nets, past = list(zip(self.nets, self.schedules, strict=True)), list[Tensor]()
+        if self.per_image == "one":
+            past.append(self._dealt([net for net, s in nets if s.role == "negative"], degraded, draw))
+            nets = [(net, schedule) for net, schedule in nets if schedule.role == "anchor"]
+        for net, schedule in nets:
+            past += net(_views(degraded, schedule)).chunk(schedule.views)
+        return past
 
     def _dealt(self, nets: Sequence[nn.Module], degraded: Tensor, draw: Sequence[int] | None) -> Tensor:
         if draw is None:

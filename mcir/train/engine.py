@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 
 from mcir.archs.base import checkpoint_activations, compile_blocks, convolve_in_channels_last, images_of
 from mcir.config import RunConfig
@@ -110,8 +110,12 @@ class Engine:
         self.recorded: list[Recorded] = []
         if config.compute.cuda_graphs:
             require_graphs(accelerator)
+            past: list[nn.Module] = [*self.negatives.nets]
+            if self.negatives.see_the_same:
+                self.negatives.nets.streams = [torch.cuda.Stream() for _ in past]
+                past = [self.negatives.nets]
             seen = [module for module in self.objective.modules() if isinstance(module, Features)]
-            self.recorded = [Recorded(module) for module in (net, *self.negatives.nets, *seen)]
+            self.recorded = [Recorded(module) for module in (net, *past, *seen)]
         names = [name for name, _ in net.named_parameters()]
         self.model, self.optimizer = accelerator.prepare(net, optimizer)
         require_still_shared(names, unwrapped(accelerator, self.model))

@@ -12,12 +12,12 @@ from tests.archs.test_zoo import NETWORKS as ZOO
 
 # Of a block class: one for each width and side in a U-shape, and for attention or none and shift of a DehazeFormer.
 NUM_GRAPHS = {
-    "edsr": 1,
+    "edsr": 2,  # and the upsampler
     "swinir-light": 1,
     "swinir": 1,
     "ffanet": 1,
-    "nafnet": 5,
-    "nafnet-tlc": 5,
+    "nafnet": 9,  # and a step up to each of four widths
+    "nafnet-tlc": 9,
     "dehazeformer-t": 7,
     "dehazeformer-m": 6,
     "idt": 17,
