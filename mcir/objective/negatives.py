@@ -27,15 +27,17 @@ class History(nn.ModuleList):
     """Networks that look at the same images. (B, 3, H, W) -> of each (B, 3, s * H, s * W)."""
 
     streams: Sequence[torch.cuda.Stream] = ()
-    """Of a GPU, one a network: they compute beside each other, since each alone leaves the device half empty, and their
-    features are in memory together. None: one after the other."""
+    """Of a GPU, one a network: in a recording they compute beside each other, since each alone leaves the device half
+    empty, and their features are in memory together. None: one after the other."""
 
     def forward(self, images: Tensor) -> list[Tensor]:
         if not self.streams:
             return [net(images) for net in self]
         here, restored = torch.cuda.current_stream(), list[Tensor]()
+        recording, last = torch.cuda.is_current_stream_capturing(), here
         for net, stream in zip(self, self.streams, strict=True):
-            stream.wait_stream(here)
+            stream.wait_stream(here if recording else last)  # the first may compute what the others find there
+            last = stream
             with torch.cuda.stream(stream):
                 restored.append(net(images))
         for stream in self.streams:

@@ -111,7 +111,7 @@ class Engine:
         if config.compute.cuda_graphs:
             require_graphs(accelerator)
             past: list[nn.Module] = [*self.negatives.nets]
-            if self.negatives.see_the_same:
+            if past and self.negatives.see_the_same:
                 self.negatives.nets.streams = [torch.cuda.Stream() for _ in past]
                 past = [self.negatives.nets]
             seen = [module for module in self.objective.modules() if isinstance(module, Features)]
