@@ -39,7 +39,8 @@ class Descriptor:
     square: bool = False
     """Whether the caller also pads the shorter side up to the longer (Uformer)."""
     blocks: tuple[str, ...] = ()
-    """Class names of the repeated blocks: FSDP2 shards by them, `compile` compiles them one by one."""
+    """Class names of the repeated blocks, and of what enlarges after them: FSDP2 shards by them, `compile` compiles
+    them one by one."""
     channels_last: bool = False
     """Whether the channels_last memory format pays on this network."""
     bf16: bool = True

@@ -93,7 +93,7 @@ def command(arguments: list[str], limit_s: float, **environment: str) -> str:
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"no end in {limit_s:.0f} s: {' '.join(arguments)}") from None
     if done.returncode:
-        last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
+        last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-40:])  # a launcher's own come last
         raise RuntimeError(f"exit code {done.returncode}: {' '.join(arguments)}\n{last}")
     return done.stdout
 
