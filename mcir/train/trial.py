@@ -31,9 +31,7 @@ def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> 
     scale, crop = config.arch.descriptor.scale, min(phase.crop_size for phase in config.phases)
     with torch.random.fork_rng(), autocast(accelerator):
         tried = deepcopy(net).to(accelerator.device)
-        asked = " and ".join(
-            name for name in ("compute.compile", "compute.cuda_graphs") if getattr(config.compute, name[8:])
-        )
+        asked = [f"compute.{name}" for name in ("compile", "cuda_graphs") if getattr(config.compute, name)]
         if config.compute.compile:  # traced, not turned into machine code
             compile_blocks(tried, config.arch.descriptor, backend="eager")
         if config.compute.cuda_graphs:
@@ -47,9 +45,9 @@ def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> 
             raise
         except Exception as error:
             failed = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            if config.compute.cuda_graphs or config.compute.compile:
+            if asked:
                 raise UserError(
-                    f"the network cannot be trained with {asked}, where a block is one graph: {failed}"
+                    f"the network cannot be trained with {' and '.join(asked)}, where a block is one graph: {failed}"
                 ) from error
             raise UserError(
                 f"the network cannot be trained: with data.crop_size {crop} {tuple(image.shape)} ends in {failed}"
