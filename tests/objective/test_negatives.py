@@ -215,3 +215,32 @@ def test_the_average_as_source():
     negatives.update(1)
     assert torch.allclose(negatives.nets[0].weight, 0.25 * start + 0.75 * averaged.weight)
     assert torch.equal(negatives.nets[1].weight, net.weight)
+
+
+@pytest.mark.parametrize(
+    ("per_image", "more", "together"),
+    [
+        ("all", {}, True),
+        ("all", {"role": "anchor"}, True),
+        ("all", {"views": 2}, False),
+        ("one", {}, False),
+    ],
+)
+def test_what_negatives_restore_is_what_each_restores_of_its_images(per_image, more, together):
+    torch.manual_seed(0)
+    schedules = [Schedule(update_every=2, start=0.5), Schedule(update_every=3, start=0.5, **more)]
+    accelerator, net = Accelerator(cpu=True), Tied()
+    negatives = Negatives(net, schedules, Tied, per_image)
+    negatives.sync(accelerator, net)
+    assert negatives.see_the_same is together
+    image = torch.rand(4, 3, 6, 6)
+    past = negatives(image, draw=(0, 1))
+    alone = [n(image) for n in negatives.nets]
+    if per_image == "one":
+        (past,) = past
+        whose = [min((0, 1), key=lambda k, i=i: (past[i] - alone[k][i]).abs().max()) for i in range(4)]
+        assert sorted(whose) == [0, 0, 1, 1]
+        assert all(torch.allclose(past[i], alone[k][i], atol=1e-6) for i, k in enumerate(whose))
+    else:
+        assert len(past) == 1 + more.get("views", 1)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(past, alone, strict=False))

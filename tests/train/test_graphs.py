@@ -110,13 +110,34 @@ def test_a_parameter_that_a_recording_would_not_follow_is_refused():
         net(torch.rand(1, 3, 8, 8, device="cuda"))
 
 
-def trained(tmp_path, name, network, **changes):
+@pytest.mark.gpu
+def test_negatives_side_by_side_restore_what_each_does_alone(tmp_path):
+    """In recordings, and in sizes beyond those that are recorded."""
+    engine = untrained(tmp_path, "recorded", "swinir", compute={"cuda_graphs": True})
+    nets = engine.negatives.nets
+    assert len(nets.streams) == len(nets) == 2
+    for side in range(8, 8 * (MAX_RECORDINGS + 2), 8):
+        for _ in range(2):
+            image = torch.rand(2, 3, side, side, device="cuda")
+            side_by_side = engine.negatives(image)
+            with torch.inference_mode():
+                alone = [net(image) for net in nets]
+            for got, expected in zip(side_by_side, alone, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+    assert len(nets.forward.recordings) == MAX_RECORDINGS
+
+
+def untrained(tmp_path, name, network, **changes):
     values = tiny_config(tmp_path, name=name, arch=NETWORKS[network], **changes)
     values["objective"]["contrast"]["negatives"] = [
         {"update_every": 2, "decay": 0.5, "start": 0.1},
         {"update_every": 3, "decay": 0.5, "start": 0.5},
     ]
-    engine = build_engine(validate(values, name))
+    return build_engine(validate(values, name))
+
+
+def trained(tmp_path, name, network, **changes):
+    engine = untrained(tmp_path, name, network, **changes)
     engine.fit()
     return engine
 
