@@ -5,16 +5,25 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from mcir.data.loader import Batch
 from mcir.train.graphs import operator_by_operator
 
 
+def _convolution_backward(gradient: Any, x: Any, weight: Any, *arguments: Any, **shapes: Any) -> int:
+    """As many as forward for each gradient that is wanted: torch's own count knows no groups."""
+    transposed, _, _, wanted = arguments[-4:]
+    return conv_flop_count(x, weight, gradient, transposed) * sum(wanted[:2])
+
+
 def count_flops(step: Callable[[Sequence[Batch]], Any], batches: Sequence[Batch]) -> int:
     """Floating point operations of a step on this process: products and sums of convolutions, matrix products and
-    attention, by torch's counter."""
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"), operator_by_operator():
+    attention, by torch's counter (but for the gradients of grouped convolutions)."""
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward}
+    )
+    with counter, torch.compiler.set_stance("force_eager"), operator_by_operator():
         step(batches)
     return counter.get_total_flops()
 

@@ -71,6 +71,18 @@ def test_flops_of_a_plain_step_are_those_of_its_convolutions(tmp_path):
     assert count_flops(engine.step, batches) == 2 * head + 3 * (body + tail)
 
 
+@pytest.mark.parametrize(
+    ("kind", "groups"), [("Conv2d", 1), ("Conv2d", 8), ("ConvTranspose2d", 1), ("ConvTranspose2d", 4)]
+)
+def test_gradients_of_a_convolution_cost_what_it_costs(kind, groups):
+    """Each of its two; torch's own counter takes a depthwise one's gradient for a whole one's."""
+    layer = getattr(torch.nn, kind)(8, 8, 3, padding=1, groups=groups)
+    x = torch.rand(2, 8, 6, 6, requires_grad=True)
+    once = 2 * (2 * 6**2) * 9 * 8 * 8 // groups
+    assert count_flops(lambda batches: layer(x).sum().backward(), []) == 3 * once
+    assert count_flops(lambda batches: layer(x.detach()).sum().backward(), []) == 2 * once
+
+
 def test_operators_are_counted_but_views_are_not():
     assert count_operators(lambda batches: (torch.ones(2, 3).relu().view(6).view(3, 2).t() + 1).sum(), []) == 4
 

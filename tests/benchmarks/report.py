@@ -77,6 +77,7 @@ def steps() -> str:
                 f"{ms['mcir']:.0f}",
                 f"**{ms['mcir'] / ms['reference']:.2f}**",
                 f"{ms['mcir'] / ms['plain']:.2f}",
+                f"{flops['mcir'] / flops['reference']:.2f}",
                 f"{flops['mcir'] / flops['plain']:.2f}",
                 *(f"{parts[part] / whole:.0%}" for part in ("target", "negatives", "features", "optimizer")),
                 f"{r['data_wait']:.1%}",
@@ -84,8 +85,8 @@ def steps() -> str:
                 "" if r["mfu"] is None else f"{r['mfu']:.0%}",
             ]
         )
-    header = "4 negatives,ms/step,time / reference,time / plain,FLOP / plain,target,negatives,features,optimizer"
-    return table([*header.split(","), "data wait", "update, every 100", "MFU"], rows) + (
+    header = "4 negatives,ms/step,time / reference,time / plain,FLOP / reference,FLOP / plain,target,negatives,"
+    return table([*f"{header}features,optimizer".split(","), "data wait", "update, every 100", "MFU"], rows) + (
         "\n\nReference: the published pseudo-code, in the same run and in turns (restored features again for each "
         "negative, fp32, NCHW, default Adam, and the network as its authors published it). Plain: the same step "
         "without negatives. `mcir bench CONFIG` prints this."
@@ -197,10 +198,9 @@ def model() -> str:
     )
 
 
-def flops(config: Any) -> float:
+def flops(config: Any) -> int:
     """FLOP of a step, counted without computing: tensors of the meta device have shapes only."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+    from mcir.bench.counts import count_flops
     from mcir.objective.objective import Objective
 
     scale, crop = config.arch.descriptor.scale, config.data.crop_size
@@ -209,11 +209,13 @@ def flops(config: Any) -> float:
         objective = Objective(config.objective)
         degraded = torch.rand(config.batch_size, 3, crop // scale, crop // scale)
         clean = torch.rand(config.batch_size, 3, crop, crop)
-        with FlopCounterMode(display=False) as counter:
-            with torch.no_grad():
-                past = [net(degraded) for _ in range(config.objective.num_negatives)]
-            objective(net(degraded), clean, degraded, past)["total"].backward()
-    return counter.get_total_flops()
+
+    def step(_: Any) -> None:
+        with torch.no_grad():
+            past = [net(degraded) for _ in range(config.objective.num_negatives)]
+        objective(net(degraded), clean, degraded, past)["total"].backward()
+
+    return count_flops(step, [])
 
 
 def updates() -> str:
