@@ -6,7 +6,8 @@ import numpy as np
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from mcir.data.degrade import Degradation, Single, like, unit
+from mcir.data.decode import to_float
+from mcir.data.degrade import Degradation, Single, like
 from mcir.data.steps import (
     AnyStep,
     Blur,
@@ -53,7 +54,7 @@ class Chain(Degradation):
             raise ValueError(f"crop the clean image ({height} x {width}) to a multiple of {self.scale} first")
         size = (height // self.scale, width // self.scale)
         steps = published(self.steps, self.scale) if isinstance(self.steps, str) else self.steps
-        image = take(steps, self.shuffle, unit(clean).float(), size, rng)
+        image = take(steps, self.shuffle, to_float(clean).float(), size, rng)
         return like(clean, resized(image, size, "bicubic").clamp(0, 1))
 
     @property

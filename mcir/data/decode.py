@@ -263,3 +263,9 @@ def _rgb(pixels: npt.NDArray[Any], orientation: int = 1) -> Tensor:
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
+
+
+def to_float(image: Tensor) -> Tensor:
+    """uint8 -> fp32 in [0, 1], the same bits on every device: CUDA divides by a tensor, and multiplies with the rounded
+    inverse of a plain number. Floats pass."""
+    return image / image.new_full((), 255) if image.dtype == torch.uint8 else image

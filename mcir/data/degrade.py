@@ -21,6 +21,7 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
+from mcir.data.decode import to_float
 from mcir.data.resize import imresize, imresize_crop
 from mcir.section import Section
 
@@ -97,7 +98,7 @@ class Noise(Degradation):
     def __call__(self, clean: Tensor, rng: np.random.Generator) -> Tensor:
         sigma = draw(rng, self.sigma) / 255
         noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
-        return like(clean, unit(clean) + sigma * noise)
+        return like(clean, to_float(clean) + sigma * noise)
 
 
 class Jpeg(Degradation):
@@ -109,7 +110,7 @@ class Jpeg(Degradation):
     """libjpeg quality, 1 to 100."""
 
     def __call__(self, clean: Tensor, rng: np.random.Generator) -> Tensor:
-        return like(clean, compressed(unit(clean), draw_whole(rng, self.quality)))
+        return like(clean, compressed(to_float(clean), draw_whole(rng, self.quality)))
 
 
 class GaussianBlur(Degradation):
@@ -125,7 +126,7 @@ class GaussianBlur(Degradation):
         x = torch.arange(-int(np.ceil(4 * sigma)), int(np.ceil(4 * sigma)) + 1)
         kernel = torch.exp(-0.5 * (x / sigma) ** 2)
         kernel = kernel[:, None] * kernel
-        return like(clean, convolve(unit(clean), kernel / kernel.sum()))
+        return like(clean, convolve(to_float(clean), kernel / kernel.sum()))
 
 
 class MotionBlur(Degradation):
@@ -140,7 +141,7 @@ class MotionBlur(Degradation):
 
     def __call__(self, clean: Tensor, rng: np.random.Generator) -> Tensor:
         length, angle = draw(rng, self.length), draw(rng, self.angle)
-        return like(clean, convolve(unit(clean), line_kernel(length, angle)))
+        return like(clean, convolve(to_float(clean), line_kernel(length, angle)))
 
 
 class Haze(Degradation):
@@ -172,7 +173,7 @@ class Haze(Degradation):
         return haze(clean, depth, beta, airlight)
 
     def of(self, clean: Tensor, rng: np.random.Generator, images: Mapping[str, Tensor]) -> Tensor:
-        return self(clean, rng, unit(images[self.depth][0]) if self.depth else None)
+        return self(clean, rng, to_float(images[self.depth][0]) if self.depth else None)
 
 
 class Rain(Degradation):
@@ -203,7 +204,7 @@ class Rain(Degradation):
         fallen = rng.random((height, width), dtype=np.float32) < density
         drops = np.where(fallen, rng.uniform(0.5, 1.0, (height, width)), 0.0).astype(np.float32)
         streaks = _convolve_inside(torch.from_numpy(drops)[None], kernel)
-        return like(clean, (unit(clean) + draw(rng, self.strength) * streaks).clamp(max=1))
+        return like(clean, (to_float(clean) + draw(rng, self.strength) * streaks).clamp(max=1))
 
 
 Single = Bicubic | LowResolution | Noise | Jpeg | GaussianBlur | MotionBlur | Haze | Rain
@@ -213,7 +214,7 @@ Single = Bicubic | LowResolution | Noise | Jpeg | GaussianBlur | MotionBlur | Ha
 def haze(clean: Tensor, depth: Tensor, beta: float, airlight: float) -> Tensor:
     """J t + A (1 - t) with t = exp(-beta * depth): clean (3, H, W) uint8 or float in [0, 1], depth (H, W)."""
     transmission = torch.exp(-beta * depth)
-    return like(clean, unit(clean) * transmission + airlight * (1 - transmission))
+    return like(clean, to_float(clean) * transmission + airlight * (1 - transmission))
 
 
 def synthetic_depth(height: int, width: int, rng: np.random.Generator) -> Tensor:
@@ -266,10 +267,6 @@ def choice(rng: np.random.Generator, chances: dict[T, float]) -> T:
     """One of the keys, its chance being its value over their sum."""
     bounds = np.cumsum(list(chances.values()))
     return list(chances)[int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))]
-
-
-def unit(image: Tensor) -> Tensor:
-    return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
 def like(clean: Tensor, degraded: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mcir.data.card import checksums, file_sha256
 from mcir.data.chain import Chain
-from mcir.data.decode import decode
+from mcir.data.decode import decode, to_float
 from mcir.data.degrade import Bicubic, GaussianBlur, Haze, Jpeg, MotionBlur, Noise, Rain
 from mcir.data.encode import centre
 from mcir.data.files import LeftOut, files_at
@@ -246,7 +246,7 @@ def contact_sheet(images: Sequence[tuple[str, Tensor]], columns: int = 6, side: 
         x, y = number % columns * side, number // columns * (side + label)
         height, width = image.shape[-2:]
         enlarge = max(1, side // max(height, width))
-        tile = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+        tile = to_float(image).float()
         if enlarge > 1:
             tile = tile.repeat_interleave(enlarge, -2).repeat_interleave(enlarge, -1)
         elif max(height, width) > side:

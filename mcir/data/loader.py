@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mcir.data.decode import to_float
 from mcir.data.mixup import Mixer
 from mcir.data.order import share
 from mcir.data.resize import shrink
@@ -228,9 +229,3 @@ def _put(batch: Tensor, place: int, image: Pixels) -> Tensor:
 def _noise(images: Tensor) -> Tensor:
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, tuple(images.shape), np.uint8))
     return pixels if images.dtype == torch.uint8 else to_float(pixels)
-
-
-def to_float(image: Tensor) -> Tensor:
-    """uint8 -> fp32 in [0, 1], the same bits on every device: CUDA divides by a tensor, and multiplies with the rounded
-    inverse of a plain number. Floats pass."""
-    return image / image.new_full((), 255) if image.dtype == torch.uint8 else image

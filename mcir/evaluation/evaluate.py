@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch import distributed as dist
 
-from mcir.data.loader import to_float
+from mcir.data.decode import to_float
 from mcir.data.resize import imresize
 from mcir.data.rows import Row
 from mcir.data.transforms import validation_pair
