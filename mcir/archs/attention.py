@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FUSED_MULTIPLE = 8  # features a head that the fused kernels ask for
+FUSED_AT_ONCE = 1 << 14  # windows times heads: the kernels' limit is 65,535, and bias and mask are written out for each
 
 
 def attend(qkv: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
@@ -56,6 +57,10 @@ class _Attention(torch.autograd.Function):
 def attend_fused(qkv: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     """By `scaled_dot_product_attention`, scores never written out: windows and heads as one dimension, over which bias
     and mask differ, and zeros after the features up to a multiple that the kernels take."""
+    most = FUSED_AT_ONCE // len(bias)
+    if len(mask) > most:
+        parts = zip(qkv.split(most, 2), mask.split(most), strict=True)
+        return torch.cat([attend_fused(part, bias, of_part) for part, of_part in parts], 1)
     dim = qkv.shape[-1]
     added = (bias + mask.to(bias.dtype)[:, None]).flatten(0, 1).to(qkv.dtype)  # (windows * heads, N, N)
     q, k, v = F.pad(qkv, (0, -dim % FUSED_MULTIPLE)).flatten(2, 3)

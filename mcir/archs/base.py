@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -99,7 +100,11 @@ def blocks_of(net: nn.Module, descriptor: Descriptor) -> list[nn.Module]:
 def checkpoint_activations(net: nn.Module, descriptor: Descriptor) -> None:
     """Have the repeated blocks computed again in the backward pass; names, weights and results stay the same."""
     for block in blocks_of(net, descriptor):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = MethodType(_recomputed, block)
+
+
+def _recomputed(block: nn.Module, *inputs: Any, **options: Any) -> Any:
+    return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, **options)
 
 
 def compile_blocks(net: nn.Module, descriptor: Descriptor, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -23,7 +23,7 @@ def count_flops(step: Callable[[Sequence[Batch]], Any], batches: Sequence[Batch]
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward}
     )
-    with counter, torch.compiler.set_stance("force_eager"), operator_by_operator():
+    with counter, operator_by_operator():
         step(batches)
     return counter.get_total_flops()
 
@@ -41,6 +41,6 @@ class _Operators(TorchDispatchMode):
 def count_operators(step: Callable[[Sequence[Batch]], Any], batches: Sequence[Batch]) -> int:
     """Operators of a step without compiled graphs: on a GPU each is a launch at least, which small networks wait
     for."""
-    with _Operators() as counter, torch.compiler.set_stance("force_eager"), operator_by_operator():
+    with _Operators() as counter, operator_by_operator():
         step(batches)
     return counter.num

@@ -128,7 +128,7 @@ class Loader:
         assert (start - phase.position) % phase.batch_size == 0
         mixer = None
         if self.data.mixup:
-            mixer = Mixer(self.data.mixup, self.seed, self.position_after(self.data.mixup.after))
+            mixer = Mixer(self.data.mixup, self.seed, self.position_after(self.data.mixup.after), self._send)
             start = max(phase.position, start - phase.batch_size)  # what the first is mixed with
         num_workers = workers_of_a_rank(self.data.num_workers)
         samples = decoded(stream, start, phase.crop_size, size, self.rank, self.world_size, num_workers)
@@ -170,8 +170,11 @@ class Loader:
     def _sources(self, labels: list[Label]) -> Tensor | None:
         if len(self.data.train) == 1:
             return None
-        sources = torch.tensor([source for _, source in labels] or [0])
-        return sources if self._copies is None else sources.pin_memory().to(self.device, non_blocking=True)
+        return self._send(torch.tensor([source for _, source in labels] or [0]))
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        """To the device, without waiting for what it is busy with."""
+        return tensor if self._copies is None else tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _count(self, taken: "_Taken") -> None:
         for failure in taken.failures:

@@ -4,7 +4,7 @@ Published code pairs the samples of a GPU's own batch, so what it computes depen
 batch always is the same rank's, so here it does not, and no image is decoded for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -33,9 +33,10 @@ class Mixup(Section):
 class Mixer:
     """Remembers a step's samples for the next."""
 
-    def __init__(self, mixup: Mixup, seed: int, start: int) -> None:
-        """`start`: the position of the first sample that may be mixed."""
-        self.mixup, self.seed, self.start = mixup, seed, start
+    def __init__(self, mixup: Mixup, seed: int, start: int, send: Callable[[Tensor], Tensor]) -> None:
+        """`start`: the position of the first sample that may be mixed. `send` takes a tensor to where the images are,
+        without waiting for what that device is busy with."""
+        self.mixup, self.seed, self.start, self.send = mixup, seed, start, send
         self._before: dict[int, tuple[list[int], Sequence[Tensor]]] = {}
 
     def __call__(
@@ -52,8 +53,8 @@ class Mixer:
         own = [weight if place in there else 1.0 for weight, place in zip(own, places, strict=True)]
         if all(weight == 1 for weight in own):
             return images
-        weight = torch.tensor(own, device=images[0].device)[:, None, None, None]
-        partners = torch.tensor([there.get(place, 0) for place in places], device=images[0].device)
+        weight = self.send(torch.tensor(own))[:, None, None, None]
+        partners = self.send(torch.tensor([there.get(place, 0) for place in places]))
         return [weight * now + (1 - weight) * old[partners] for now, old in zip(images, before[1], strict=True)]
 
     def _weight(self, position: int) -> float:

@@ -206,7 +206,8 @@ def _ssim(x: Tensor, y: Tensor, padding: Literal["zeros", "none"]) -> tuple[Tens
 
 def _laplacian(image: Tensor) -> Tensor:
     """The image minus what is left of it after one step down and up a Gaussian pyramid, borders repeated."""
-    window = torch.tensor((0.05, 0.25, 0.4, 0.25, 0.05), device=image.device)
+    window = torch.full((5,), 0.25, device=image.device)  # filled there: a copy would wait for what the device does
+    window[::4], window[2] = 0.05, 0.4
 
     def blur(x: Tensor) -> Tensor:
         x = torch.cat([x[:, :, :1], x[:, :, :1], x, x[:, :, -1:], x[:, :, -1:]], dim=2)

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from mcir.section import is_url
 from mcir.train import offsite, runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer
 from mcir.train.ema import EMA
-from mcir.train.graphs import Recorded, require_graphs
+from mcir.train.graphs import Recorded, operator_by_operator, require_graphs
 from mcir.train.log import log_save, log_step
 from mcir.train.memory import micro_batches
 from mcir.train.optim import set_lr
@@ -196,13 +197,14 @@ class Engine:
     def _losses(self, batch: Batch, place: tuple[int, int, int]) -> dict[str, Tensor]:
         """Of one micro-batch on this rank, with gradients; `place` (seed, step, micro-batch) seeds what the negatives
         draw."""
-        with autocast(self.accelerator), self.pace:
+        lacks_samples = batch.weight != 1  # and so has a size of its own
+        with autocast(self.accelerator), self.pace, operator_by_operator() if lacks_samples else nullcontext():
             restored, *others = images_of(self.model(batch.degraded))  # (B, 3, s * H, s * W)
             past = [*self.negatives(batch.degraded, place), *batch.extra]
             losses = self.objective(restored, batch.clean, batch.degraded, past, batch.source, others)
             if self.negatives.has_triggers:
                 losses["error"] = restoration_error(restored, batch.clean)
-            return losses if batch.weight == 1 else {name: value * batch.weight for name, value in losses.items()}
+            return {name: value * batch.weight for name, value in losses.items()} if lacks_samples else losses
 
     def fit(self) -> int:
         """Train from where the run is to its end or to a stop signal; the exit code. Collective."""

@@ -1,7 +1,8 @@
 """CUDA graphs: a GPU replays as one launch what the host would have to send it operator by operator."""
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,12 +138,15 @@ class _Replay(torch.autograd.Function):
 
 @contextmanager
 def operator_by_operator() -> Iterator[None]:
-    """Nothing is replayed meanwhile: what is to be counted is sent anew."""
-    Recorded.replays = False
+    """Nothing is replayed or compiled meanwhile: to count what is sent, and for images of a size that hardly comes
+    again."""
+    before, Recorded.replays = Recorded.replays, False
+    compiled = "torch._dynamo" in sys.modules  # which takes a second to import, and without which nothing is
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
-        Recorded.replays = True
+        Recorded.replays = before
 
 
 def require_graphs(accelerator: Accelerator) -> None:

@@ -29,7 +29,8 @@ def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> 
         return
     _check_contents(net)
     scale, crop = config.arch.descriptor.scale, min(phase.crop_size for phase in config.phases)
-    with torch.random.fork_rng(), autocast(accelerator):
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), autocast(accelerator):
         tried = deepcopy(net).to(accelerator.device)
         asked = [f"compute.{name}" for name in ("compile", "cuda_graphs") if getattr(config.compute, name)]
         if config.compute.compile:  # traced, not turned into machine code

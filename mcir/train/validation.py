@@ -17,6 +17,7 @@ from mcir.evaluation.evaluate import Picture, Scores, baseline, evaluate, mean_o
 from mcir.evaluation.pictures import comparison_png, results_table
 from mcir.parallel.shards import full_params
 from mcir.restoration.inference import infer
+from mcir.train.graphs import operator_by_operator
 from mcir.train.record import Record
 from mcir.train.scores import save as save_scores
 from mcir.train.state import State
@@ -56,7 +57,7 @@ class Validation:
             mean = scores.mean()
             state.measured |= {f"{name}/{metric} ({kind})": round(value, 4) for metric, value in mean.items()}
             tracker.scalars(state.step, {f"validation/{name}/{metric}": value for metric, value in mean.items()})
-            tracker.pictures(state.step, name, pictures, self._negative_pictures(config, pictures, state))
+            tracker.pictures(state.step, name, pictures, self._negative_pictures(pictures, state))
             more = "".join(f", {metric.label} {mean[metric.label]:.4f}" for metric in config.metrics)
             tracker.message(f"step {state.step}: {name} PSNR {mean['psnr']:.2f} dB, SSIM {mean['ssim']:.4f}{more}")
         means = mean_of_sets({name: scores.mean() for name, (scores, _) in results.items()})
@@ -99,13 +100,15 @@ class Validation:
             for name, tensor in source:
                 own[name].copy_(tensor)
 
-    def _negative_pictures(self, config: ValidationConfig, pictures: Sequence[Picture], state: State) -> list[Tensor]:
+    def _negative_pictures(self, pictures: Sequence[Picture], state: State) -> list[Tensor]:
         if not len(state.negatives.nets) or not state.accelerator.is_main_process:
             return []
         net, device = state.negatives.nets[0], state.accelerator.device
-        descriptor, tile = state.config.arch.descriptor, config.tile
-        shown = (infer(net, descriptor, picture.degraded[None].to(device), tile=tile)[0] for picture in pictures)
-        return [image.float().clamp(0, 1).cpu() for image in shown]
+        descriptor, validation = state.config.arch.descriptor, state.config.validation
+        tile = validation.tile if validation else None
+        with operator_by_operator():  # each picture has a size of its own
+            shown = (infer(net, descriptor, picture.degraded[None].to(device), tile=tile)[0] for picture in pictures)
+            return [image.float().clamp(0, 1).cpu() for image in shown]
 
     def _report(
         self,

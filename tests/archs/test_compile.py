@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mcir.archs import parse
-from mcir.archs.base import blocks_of, compile_blocks
+from mcir.archs.base import blocks_of, checkpoint_activations, compile_blocks
 from mcir.errors import UserError
 from tests.archs.test_every_network import NETWORKS
 from tests.archs.test_zoo import NETWORKS as ZOO
@@ -63,6 +63,30 @@ def test_blocks_are_one_graph_and_are_not_compiled_again(name):
     twin.load_state_dict(net.state_dict())
     with torch.inference_mode():
         assert torch.allclose(net(image), twin(image), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["edsr", "swinir-light", pytest.param("nafnet", marks=pytest.mark.slow)])
+def test_blocks_that_are_computed_again_are_compiled_too(name):
+    arch, size = CASES[name]
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    net, plain, graphs = arch.build(), arch.build(), []
+    plain.load_state_dict(net.state_dict())
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    checkpoint_activations(net, arch.descriptor)
+    compile_blocks(net, arch.descriptor, backend=count)
+    image = torch.rand(1, 3, *size)
+    for network in (net, net, plain):
+        torch.manual_seed(0)
+        network.zero_grad()
+        network(image).square().mean().backward()
+    assert len(graphs) == NUM_GRAPHS[name]
+    for own, other in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(own.grad, other.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_blocks_that_are_not_there_are_an_error():

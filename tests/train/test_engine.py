@@ -1,4 +1,6 @@
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcir.archs import parse
+from mcir.archs.base import compile_blocks
 from mcir.config import validate
 from mcir.data.loader import Batch
 from mcir.errors import UserError
+from mcir.evaluation.evaluate import Picture
 from mcir.parallel.shards import full_params
 from mcir.train.engine import build_engine
 from tests.golden import find, trajectory
@@ -310,6 +314,27 @@ def test_one_compiled_graph_serves_all_negatives_before_and_after_their_updates(
         for _ in range(5):
             engine.step([next(batches)])
         assert counters["stats"]["unique_graphs"] == 2 * len(engine.arch.descriptor.blocks)
+
+
+def test_images_of_a_size_that_hardly_comes_again_are_not_compiled(tmp_path, monkeypatch):
+    """Batches that lack samples, and pictures of what a negative restores; traced, not turned into machine code."""
+    monkeypatch.setattr("mcir.train.engine.compile_blocks", partial(compile_blocks, backend="eager"))
+    plain, compiled = (
+        build_engine(validate(tiny_config(tmp_path, name=str(on), compute={"compile": on}), "run"))
+        for on in (False, True)
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    whole = next(iter(compiled.loader))
+    for num in (4, 3, 2, 1):
+        there = {"degraded": whole.degraded[:num], "clean": whole.clean[:num], "key": whole.key[:num]}
+        batch = replace(whole, **there, weight=num / 4)
+        expected, found = plain.step([batch]), compiled.step([batch])
+        assert relative(found["total"], expected["total"].cpu()) < 1e-5
+        picture = Picture("a", torch.rand(3, 8 * num, 12), *torch.rand(2, 3, 16 * num, 24))
+        shown = [engine.validation._negative_pictures([picture], engine.state) for engine in (plain, compiled)]
+        assert torch.allclose(shown[0][0], shown[1][0], atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 2 * len(compiled.arch.descriptor.blocks)
 
 
 @pytest.mark.usefixtures("deterministic")
