@@ -7,7 +7,7 @@ and the number of processes. The `*_cpu.yaml` files rehearse the same strategies
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -19,11 +19,15 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from mcir.errors import UserError
 from mcir.parallel.config import Precision
 from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,9 +69,10 @@ def build_accelerator(
         _require_deepspeed()
     chosen = _precision(precision)
     _require_precision(chosen)
-    process_group = InitProcessGroupKwargs(
-        backend="gloo" if rehearsal and zero else None, timeout=timedelta(seconds=timeout_s)
-    )
+    timeout = timedelta(seconds=timeout_s)
+    process_group = InitProcessGroupKwargs(backend="gloo" if rehearsal and zero else None, timeout=timeout)
+    # The groups of hsdp's mesh and DeepSpeed's copy of the world are made with torch's defaults, ten minutes of NCCL's.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     if torch.cuda.is_available():
         # torch's own default is TF32 in cuDNN's convolutions and not in matrix products: here the name decides.
         torch.set_float32_matmul_precision("high" if chosen == "tf32" else "highest")
@@ -248,6 +253,17 @@ def _promote_to_fsdp(
         accelerator.state.device_mesh = parallelism.get_device_mesh("cpu")
 
 
+def _agreed(norm: "DTensor") -> "DTensor":
+    """The norm of sharded gradients, whole everywhere. hsdp's replicas each add up their shards' in a group of their
+    own, where another order may round otherwise: rank 0's is all ranks'."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, whole = norm.device_mesh, norm.full_tensor()
+    if mesh.ndim > 1:
+        distributed_c10d.broadcast(whole, src=0)
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def clip_and_guard(
     accelerator: Accelerator,
     model: nn.Module,
@@ -274,10 +290,10 @@ def clip_and_guard(
         if loss_scale is not None:
             loss_scale.unscale([g.to_local() if is_sharded(g) else g for g in gradients])
         norm = nn.utils.get_total_norm(gradients)
+        shared = _agreed(norm) if is_sharded(norm) else norm
         if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        if is_sharded(norm):
-            norm = norm.full_tensor()
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, shared)
+        norm = shared.to_local() if is_sharded(shared) else shared
         skipped = (~norm.isfinite()).float()
         inner = getattr(optimizer, "optimizer", optimizer)
         # The fused optimizers leave weights, moments and step as they are where this is 1.

@@ -51,6 +51,15 @@ def broadcast_from_first(accelerator: Accelerator, tensors: Iterable[Tensor]) ->
             torch.distributed.broadcast(tensor.data, src=0)
 
 
+def align_replicas(model: nn.Module) -> None:
+    """Have hsdp's replicas start from the first one's weights, which DDP sees to itself: another CPU may have drawn
+    other last digits."""
+    for parameter in model.parameters():
+        if is_sharded(parameter) and parameter.device_mesh.ndim > 1:
+            replicas = parameter.device_mesh.get_group(0)
+            torch.distributed.broadcast(parameter.to_local().data, group=replicas, group_src=0)
+
+
 @torch.no_grad()
 def full_params(accelerator: Accelerator, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter (name as in the unwrapped network), then every persistent buffer as rank 0 has it.

@@ -85,6 +85,7 @@ class Checkpointer:
         self.copy = copy
         timeout, several = timedelta(seconds=timeout_s), accelerator.num_processes > 1
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if several else None
+        self._beat_s = timeout_s / 4
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[None] | None = None
         self.times: dict[str, float] = {}
@@ -111,21 +112,19 @@ class Checkpointer:
         temporary = final.with_name(f".{final.name}.partial")
 
         def together(work: Callable[[], dict[str, Any]] | None) -> dict[str, Any]:
-            """What all ranks' work gives; an error of one is an error of all."""
-            mine, problem = {}, None
-            try:
-                mine = work() if work else {}
-            except (OSError, UserError, RuntimeError) as error:  # safetensors' own, on a full disk, is one of them
-                problem = str(error)
-            except Exception as error:
-                problem = f"{type(error).__name__}: {error}"
-            gathered = self._gather((mine, problem))
-            problems = [problem for _, problem in gathered if problem]
+            """What all ranks' work gives; an error of one is an error of all. They hear of each other however long it
+            takes, so that only a rank that is lost is waited for in vain."""
+            with ThreadPoolExecutor(1) as aside:
+                job = aside.submit(work or dict)
+                gathered = self._gather(_outcome(job, self._beat_s))
+                while not all(done for done, _, _ in gathered):
+                    gathered = self._gather(_outcome(job, self._beat_s))
+            problems = [problem for _, _, problem in gathered if problem]
             if problems:
                 if main:
                     shutil.rmtree(temporary, ignore_errors=True)
                 raise UserError(f"the checkpoint of step {step} could not be written to {self.folder}: {problems[0]}")
-            return {name: entry for entries, _ in gathered for name, entry in entries.items()}
+            return {name: entry for _, entries, _ in gathered for name, entry in entries.items()}
 
         def begin() -> dict[str, Any]:
             self.owned()
@@ -193,6 +192,18 @@ class Checkpointer:
         values: list[Any] = [None] * self.accelerator.num_processes
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+def _outcome(job: Future[dict[str, Any]], patience_s: float) -> tuple[bool, dict[str, Any], str | None]:
+    """Whether the work is done after so many seconds at most, what it gave and what went wrong."""
+    wait([job], patience_s)
+    if not job.done():
+        return False, {}, None
+    error = job.exception()
+    if error is None:
+        return True, job.result(), None
+    known = isinstance(error, OSError | UserError | RuntimeError)  # safetensors' own, on a full disk, is one of them
+    return True, {}, str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def write_files(

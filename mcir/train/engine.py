@@ -33,7 +33,7 @@ from mcir.parallel.accelerator import (
     strategy,
 )
 from mcir.parallel.scaling import LossScale
-from mcir.parallel.shards import broadcast_from_first, cuts_weights, unwrapped
+from mcir.parallel.shards import align_replicas, broadcast_from_first, cuts_weights, unwrapped
 from mcir.section import is_url
 from mcir.train import offsite, runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer
@@ -120,6 +120,7 @@ class Engine:
         names = [name for name, _ in net.named_parameters()]
         self.model, self.optimizer = accelerator.prepare(net, optimizer)
         require_still_shared(names, unwrapped(accelerator, self.model))
+        align_replicas(self.model)
         self.model.train()
         decay, warmup = config.ema_decay, config.ema_warmup
         self.ema = EMA(accelerator, self.model, self.optimizer, decay, warmup) if decay else None

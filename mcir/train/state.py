@@ -115,6 +115,8 @@ class State:
             return
         whole = {f"negatives.{key}": tensor for key, tensor in self.negatives.nets.state_dict().items()}
         whole |= self.followed()
+        if not whole:
+            return  # NCCL gathers nothing of no size
         own = checksums(tensor.to(self.accelerator.device) for tensor in whole.values())
         sums = self.accelerator.gather(own.to(self.accelerator.device)[None])  # (ranks, tensors)
         differ = (sums != sums[0]).any(0).tolist()

@@ -1,10 +1,11 @@
 """Started by test_saving.py on every rank: saves while one rank's thread is held up, on a disk that has room for each
-rank's share alone, and where only one rank's thread fails."""
+rank's share alone, while rank 0 copies for longer than a collective may take, and where one rank's thread fails."""
 
 import json
 import resource
 import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -47,6 +48,10 @@ def main(config: str, output: str, small_disk: str) -> None:
             other.save(1, {f"{rank}.safetensors": {"w": torch.zeros(150 * 2**10)}}, dict, {})
         except UserError as error:
             record["too small"] = str(error)
+
+    slow = Checkpointer(accelerator, Path(output, "slow"), timeout_s=4, copy=lambda path: time.sleep(6))
+    slow.save(1, {f"{rank}.safetensors": {"w": torch.zeros(3)}}, lambda: {"state.json": "{}"}, {})
+    slow.join()
 
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
