@@ -17,6 +17,11 @@ def check(files: Annotated[list[Path], typer.Argument(help="Each file is checked
     from mcir.config import load
 
     faults = []
+    if overrides := [str(file) for file in files if "=" in file.name and not file.exists()]:
+        raise UserError(
+            f"config check takes files, each on its own, and no {overrides[0]}: `mcir config show FILE... path=value` "
+            "checks what they are together"
+        )
     for file in files:
         try:
             load([file])

@@ -52,7 +52,7 @@ class DataConfig(Section):
     small_images: Literal["fail", "reflect"] = "fail"
     """Of an image smaller than the crop: a mistake, or mirrored at its lower and right border up to the crop's size
     (Restormer, MPRNet)."""
-    num_workers: NonNegativeInt | Literal["auto"] = "auto"
+    num_workers: Annotated[int, Field(ge=0, le=256)] | Literal["auto"] = "auto"
     """Decoding processes of each rank; auto: one for each core that is left when every rank of the host has one, from 1
     to 8."""
     shuffle_buffer: PositiveInt = 1024

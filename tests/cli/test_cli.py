@@ -154,6 +154,12 @@ def test_train_says_what_is_not_as_in_the_recipe_and_what_would_use_all_gpus(tmp
     assert record["state"] == "finished"
 
 
+def test_a_check_of_files_names_the_command_that_takes_overrides(monkeypatch, capsys):
+    code, out, err = run(monkeypatch, capsys, "config", "check", "configs/quickstart.yaml", "optim.optimizer.lr=1e-4")
+    assert (code, out) == (1, "")
+    assert "takes files, each on its own, and no optim.optimizer.lr=1e-4: `mcir config show" in err
+
+
 def test_init_writes_a_config_that_passes_the_check(folder, monkeypatch, capsys):
     file = folder / "mine.yaml"
     command = ["init", "edsr", "--data", folder / "Set3", "--output", file]
