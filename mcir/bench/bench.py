@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from mcir.archs.base import images_of
 from mcir.bench.counts import count_flops, count_operators
+from mcir.bench.peaks import utilisation
 from mcir.config import RunConfig
 from mcir.data.loader import Batch
 from mcir.objective.objective import reduced
@@ -43,19 +44,6 @@ PARTS = {
     "update": "update of the negatives that are due",
     "other": "EMA and the rest",
 }
-PEAKS = {  # dense TFLOP/s in bf16 (and fp16), in TF32 and, without tensor cores, in fp32, from NVIDIA's data sheets
-    "H100 PCIe": (756, 378, 51),
-    "H100": (989, 494, 67),
-    "H200": (989, 494, 67),
-    "A100": (312, 156, 19.5),
-    "L40S": (362, 183, 91.6),
-    "A10": (125, 62.5, 31.2),
-    "RTX 4090": (165, 82.6, 82.6),
-    "RTX 3090": (71, 35.6, 35.6),
-    "V100": (125, None, 15.7),
-    "T4": (65, None, 8.1),
-}
-PEAK_OF = {"bf16": 0, "fp16": 0, "tf32": 1, "fp32": 2}
 
 
 class Stopwatch:
@@ -139,6 +127,13 @@ class Reference:
         precision = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("highest")  # torch's defaults
         torch.backends.cudnn.allow_tf32 = True
+        try:
+            return self._step(batches)
+        finally:  # it may not fit, and what is timed next is ours
+            torch.set_float32_matmul_precision(precision[0])
+            torch.backends.cudnn.allow_tf32 = precision[1]
+
+    def _step(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         mean = torch.zeros((), device=batches[0].clean.device)
         for batch in batches:
             restored, *others = images_of(self.net(batch.degraded))
@@ -154,8 +149,6 @@ class Reference:
             mean += total.detach() / len(batches)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        torch.set_float32_matmul_precision(precision[0])
-        torch.backends.cudnn.allow_tf32 = precision[1]
         return {"total": mean}
 
     def _observe(self, image: Tensor) -> list[Tensor]:
@@ -204,6 +197,7 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
             variants["plain"] = open_engine(_plain(config), folder).step
             if engine.accelerator.num_processes == 1 and isinstance(config.objective.contrast, SPNConfig):
                 variants["reference"] = Reference(engine).step
+        engine.forget_recordings()  # operator by operator a step needs its memory beside theirs
         flops, wanted = dict[str, int](), set(variants)
         for name in list(variants):
             try:
@@ -244,7 +238,7 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
         "memory_gib": memory,
         "flops": flops,
         "operators": operators,
-        "mfu": _utilisation(flops["mcir"], ms["mcir"], device, precision_of(engine.accelerator)),
+        "mfu": utilisation(flops["mcir"], ms["mcir"], device_name(device), precision_of(engine.accelerator)),
         "out_of_memory": sorted(wanted - set(ms)),
         "compared_ms": ms,
         "compared_ms_range": {name: [min(taken), max(taken)] for name, taken in rates.items()},
@@ -340,10 +334,3 @@ def _milliseconds(work: Callable[[], Any], device: torch.device, times: int) -> 
         work()
     _wait(device)
     return 1e3 * (time.perf_counter() - start) / times
-
-
-def _utilisation(flops: int, ms: float, device: torch.device, precision: str) -> float | None:
-    """Share of the peak arithmetic of this device, where it is known."""
-    name = device_name(device)
-    peak = next((peaks[PEAK_OF[precision]] for key, peaks in PEAKS.items() if key in name), None)
-    return None if peak is None else flops / (ms / 1e3) / (peak * 1e12)

@@ -105,7 +105,10 @@ def _settings(config: RunConfig) -> list[list[dict[str, Any]]]:
     choices: list[list[dict[str, Any]]] = []
     if compute.precision != "bf16" and descriptor.bf16:
         choices.append([{"compute.precision": "bf16"}])
-    choices.append([{"compute.channels_last": not compute.channels_last}])
+    channels_last = compute.channels_last
+    if channels_last is None:  # as the engine takes it
+        channels_last = descriptor.channels_last and torch.cuda.is_available()
+    choices.append([{"compute.channels_last": not channels_last}])
     if torch.cuda.is_available() and not (compute.cuda_graphs or compute.checkpoint_activations):
         choices.append([{"compute.cuda_graphs": True}])
     if not compute.compile:

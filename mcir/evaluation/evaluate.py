@@ -94,8 +94,10 @@ def evaluate(
     for index, row in enumerate(data.open()):
         if index % accelerator.num_processes != accelerator.process_index:
             continue
+        size = "its"
         try:
             degraded, clean = pair_of(row, data, scale, accelerator.device)
+            size = f"{degraded.shape[2]} x {degraded.shape[3]}"
             restored = restore(degraded)
             scores = score(restored, clean, data.protocol, scale=scale)
             values = {metric: float(value) for metric, value in scores.items()}
@@ -107,7 +109,6 @@ def evaluate(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            size = f"{degraded.shape[2]} x {degraded.shape[3]}"
             failed[index] = f"{row.where}: {size} pixels do not fit into memory; set tile to auto"
         if index in failed:
             continue

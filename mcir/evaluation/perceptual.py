@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from mcir.archs.state_dict import read_state_dict
 from mcir.errors import UserError
 from mcir.evaluation.metrics import WINDOW, blur, to_float64
+from mcir.restoration.inference import full_precision
 from mcir.section import Section, parse_yaml
 
 Better = Literal["higher", "lower"]
@@ -161,6 +162,7 @@ def parse(texts: Sequence[str]) -> tuple[AnyMetric, ...] | None:
     return tuple(found)
 
 
+@full_precision()
 @torch.no_grad()
 def measure(measures: Mapping[str, Measure], restored: Tensor, clean: Tensor) -> dict[str, float]:
     """The value of each metric; both images (1, 3, H, W), floating. ValueError for an image that one cannot take, or a

@@ -94,7 +94,14 @@ def fits_cpu(net: nn.Module, descriptor: Descriptor, shape: torch.Size, side: in
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a forward failed for want of memory, on any device: only CUDA has an exception for it."""
-    phrases = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    phrases = (
+        "DefaultCPUAllocator",
+        "not enough memory",
+        "MPS backend out of memory",
+        "CUDA error: out of memory",
+        "STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
+        "unable to find an engine to execute this computation",  # cuDNN without room to work in
+    )
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(p in str(error) for p in phrases)
 
 

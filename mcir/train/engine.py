@@ -198,7 +198,8 @@ class Engine:
     def _losses(self, batch: Batch, place: tuple[int, int, int]) -> dict[str, Tensor]:
         """Of one micro-batch on this rank, with gradients; `place` (seed, step, micro-batch) seeds what the negatives
         draw."""
-        lacks_samples = batch.weight != 1  # and so has a size of its own
+        if lacks_samples := batch.weight != 1:  # and so has a size of its own, beside which recordings may not fit
+            self.forget_recordings()
         with autocast(self.accelerator), self.pace, operator_by_operator() if lacks_samples else nullcontext():
             restored, *others = images_of(self.model(batch.degraded))  # (B, 3, s * H, s * W)
             past = [*self.negatives(batch.degraded, place), *batch.extra]
@@ -206,6 +207,13 @@ class Engine:
             if self.negatives.has_triggers:
                 losses["error"] = restoration_error(restored, batch.clean)
             return {name: value * batch.weight for name, value in losses.items()} if lacks_samples else losses
+
+    def forget_recordings(self) -> None:
+        """Give the memory of CUDA graphs back; the next step records them again."""
+        for recorded in self.recorded:
+            recorded.forget()
+        if self.recorded:
+            torch.cuda.empty_cache()
 
     def fit(self) -> int:
         """Train from where the run is to its end or to a stop signal; the exit code. Collective."""
@@ -228,8 +236,7 @@ class Engine:
                     self.checkpointer.join()  # the phase's loader processes, forked now, would hold on to its memory
                     if config.compute.compile:
                         torch.compiler.reset()  # graphs of this size instead of slower ones for any size
-                    for recorded in self.recorded:
-                        recorded.forget()
+                    self.forget_recordings()
                 waited = time.perf_counter()
                 micro_batches = [next(batches) for _ in range(config.num_micro_batches)]
                 waited = time.perf_counter() - waited

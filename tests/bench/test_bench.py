@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mcir.archs import build
-from mcir.bench.bench import PARTS, PEAKS, Reference, Stopwatch, as_published, bench, open_engine, report
+from mcir.bench.bench import PARTS, Reference, Stopwatch, as_published, bench, open_engine, report
 from mcir.bench.counts import count_flops, count_operators
 from mcir.bench.sweep import Trial, dump, overlay
 from mcir.cli import main
@@ -50,8 +50,7 @@ def test_the_parts_make_up_the_step(config):
     low, high = result["step_ms_quartiles"]
     assert 0 < low <= result["step_ms"] <= high
     assert (result["negatives"], result["batch_size"]) == (3, 4)
-    is_known = any(name in result["device"] for name in PEAKS)
-    assert 0 < result["mfu"] < 1 if is_known else result["mfu"] is None
+    assert result["mfu"] is None or 0 < result["mfu"] < 1
     json.dumps(result)
 
 

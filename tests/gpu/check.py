@@ -6,11 +6,13 @@ this early loses only what was not run. Without a GPU the same parts run with sm
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -80,22 +82,26 @@ def command(arguments: list[str], limit_s: float, **environment: str) -> str:
     """Standard output of a Python process; an error with its last lines where it fails or takes too long."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])} | environment
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=env,
-            timeout=max(1.0, limit_s),
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"no end in {limit_s:.0f} s: {' '.join(arguments)}") from None
-    if done.returncode:
-        last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-40:])  # a launcher's own come last
-        raise RuntimeError(f"exit code {done.returncode}: {' '.join(arguments)}\n{last}")
-    return done.stdout
+    pipe, whole = subprocess.PIPE, [sys.executable, "-m", *arguments]
+    with subprocess.Popen(
+        whole, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=env, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=max(1.0, limit_s))
+        except subprocess.TimeoutExpired:
+            for number, patience_s in (
+                (signal.SIGTERM, 20),
+                (signal.SIGKILL, 5),
+            ):  # a launcher ends its workers
+                os.killpg(process.pid, number)
+                with suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=patience_s)
+                    break
+            raise RuntimeError(f"no end in {limit_s:.0f} s: {' '.join(arguments)}") from None
+    if process.returncode:
+        last = "\n".join((out + err).strip().splitlines()[-40:])  # a launcher's own come last
+        raise RuntimeError(f"exit code {process.returncode}: {' '.join(arguments)}\n{last}")
+    return out
 
 
 def environment(limit_s: float) -> dict[str, Any]:
