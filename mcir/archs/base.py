@@ -99,7 +99,11 @@ def blocks_of(net: nn.Module, descriptor: Descriptor) -> list[nn.Module]:
 
 def checkpoint_activations(net: nn.Module, descriptor: Descriptor) -> None:
     """Have the repeated blocks computed again in the backward pass; names, weights and results stay the same."""
-    for block in blocks_of(net, descriptor):
+    if not (blocks := blocks_of(net, descriptor)):
+        raise UserError(
+            "compute.checkpoint_activations: the network has no repeated blocks; name their classes (arch.blocks)"
+        )
+    for block in blocks:
         block.forward = MethodType(_recomputed, block)
 
 

@@ -82,6 +82,8 @@ def train(
 
     files, overrides = split(configs)
     config = load(files, overrides)
+    if processes and not dry_run:
+        raise UserError("--processes is of --dry-run: `accelerate launch --num_processes` starts several")
     if dry_run:
         from rich.console import Console
 

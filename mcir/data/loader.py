@@ -93,6 +93,7 @@ class Loader:
         self.columns = tuple(columns)
         self.device = torch.device(device)
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._stream: SampleStream | None = None
         self.position = 0
         self.num_skipped = self._unusable = 0
         self.order: str | None = None
@@ -103,12 +104,17 @@ class Loader:
         return position_after(self.phases, step)
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = self._open()
+        stream, self._stream = self._stream or self._opened(), None
         for phase in self.phases:
             if phase.end is None or self.position < phase.end:
                 yield from self._batches(stream, phase)
 
-    def _open(self) -> SampleStream:
+    def open(self) -> None:
+        """Look at the datasets, before iterating does. UserError: one cannot be read, or their order is another than
+        that of the checkpoint."""
+        self._stream = self._opened()
+
+    def _opened(self) -> SampleStream:
         num_lanes = math.gcd(*(phase.batch_size for phase in self.phases))
         stream = SampleStream(self.data, self.scale, self.seed, num_lanes, self.columns)
         if self.order not in (None, stream.order):

@@ -70,8 +70,10 @@ class SPNConfig(ContrastConfig):
     def _dealt_without_views(self) -> "SPNConfig":
         if self.negatives_per_image == "one":
             dealt = [schedule for schedule in self.negatives if schedule.role == "negative"]
-            if not dealt or any(schedule.views > 1 for schedule in dealt):
-                raise ValueError("negatives_per_image: one deals negatives of one view each, of which there is none")
+            if not dealt:
+                raise ValueError("negatives_per_image: one deals each image a negative, and there is none")
+            if any(schedule.views > 1 for schedule in dealt):
+                raise ValueError("negatives_per_image: one deals negatives of one view each: leave their views out")
         return self
 
     def build(self) -> SPN:

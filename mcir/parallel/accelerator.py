@@ -155,6 +155,12 @@ def _check_launcher(world_size: int) -> None:
         raise UserError(
             "the launch file asks for FSDP1; set fsdp_config.fsdp_version to 2 (launch/accelerate/fsdp2.yaml)"
         )
+    for variable, option, field in (
+        ("ACCELERATE_DYNAMO_BACKEND", "dynamo_backend", "compute.compile"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing", "compute.checkpoint_activations"),
+    ):
+        if os.environ.get(variable, "no").lower() not in ("no", "false"):
+            raise UserError(f"the launch asks for {option}, which is the run's to say: set {field}")
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
     mpi = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
     if world_size == 1 and launched and not any(name in os.environ for name in ("WORLD_SIZE", *mpi)):

@@ -104,6 +104,11 @@ class Engine:
         if config.compute.checkpoint_activations:
             checkpoint_activations(net, self.arch.descriptor)
         if config.compute.compile:
+            if strategy(accelerator) == "zero3":
+                raise UserError(
+                    "compute.compile: not under zero3, whose hooks gather each layer's weights and are no part of a "
+                    "graph: launch with fsdp2 or zero2, or set it to false"
+                )
             for module in [net, *self.negatives.nets]:
                 compile_blocks(module, self.arch.descriptor)
             if accelerator.device.type == "cuda":  # on a CPU that does not pay
@@ -312,5 +317,6 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
         engine = Engine(config, accelerator, resumes=start.checkpoint is not None)
         if start.checkpoint:
             engine.load(start.checkpoint)
+        engine.loader.open()  # what cannot be read, or not from there on, is known before anything is written
         engine.begin(start)
     return engine

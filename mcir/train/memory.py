@@ -117,7 +117,14 @@ def _activations(config: RunConfig, net: nn.Module, world_size: int) -> int:
         objective = Objective(_weightless(config)).to("meta").eval()
         own |= {id(t) for t in [*objective.parameters(), *objective.buffers()]}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            restored, *others = images_of(net.train()(degraded))
+            try:
+                restored, *others = images_of(net.train()(degraded))
+            except (RuntimeError, NotImplementedError) as error:
+                problem = str(error).partition("\n")[0]
+                raise UserError(
+                    f"the memory of this network cannot be planned, since it looks at values ({problem}): set "
+                    "accumulate to a number and train without --dry-run"
+                ) from error
             objective(restored, clean, degraded, [clean] * num_images, others=others)
     return _bytes(kept.values())
 

@@ -9,6 +9,7 @@ import torch
 from mcir.archs import build
 from mcir.bench.bench import PARTS, Reference, Stopwatch, as_published, bench, open_engine, report
 from mcir.bench.counts import count_flops, count_operators
+from mcir.bench.peaks import utilisation
 from mcir.bench.sweep import Trial, dump, overlay
 from mcir.cli import main
 from mcir.config import load, validate
@@ -68,6 +69,25 @@ def test_flops_of_a_plain_step_are_those_of_its_convolutions(tmp_path):
     body = (2 * blocks + 1) * conv(features, features, side) + conv(features, 4 * features, side)
     tail = conv(features, 3, 2 * side)
     assert count_flops(engine.step, batches) == 2 * head + 3 * (body + tail)
+
+
+@pytest.mark.parametrize(
+    ("device", "teraflops"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA RTX A1000", None),
+        ("x86_64", None),
+    ],
+)
+def test_the_share_of_a_known_device_s_peak(device, teraflops):
+    """Dense bf16, of NVIDIA's data sheets."""
+    found = utilisation(10**12, 10, device, "bf16")
+    assert found == (teraflops and pytest.approx(100 / teraflops))
 
 
 @pytest.mark.parametrize(

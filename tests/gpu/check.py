@@ -89,10 +89,8 @@ def command(arguments: list[str], limit_s: float, **environment: str) -> str:
         try:
             out, err = process.communicate(timeout=max(1.0, limit_s))
         except subprocess.TimeoutExpired:
-            for number, patience_s in (
-                (signal.SIGTERM, 20),
-                (signal.SIGKILL, 5),
-            ):  # a launcher ends its workers
+            # a launcher ends its workers
+            for number, patience_s in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):
                 os.killpg(process.pid, number)
                 with suppress(subprocess.TimeoutExpired):
                     process.communicate(timeout=patience_s)
