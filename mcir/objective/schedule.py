@@ -58,7 +58,9 @@ class Schedule(Section):
         if isinstance(self.update_every, tuple):
             *ends, last = [stage.until for stage in self.update_every] or [0]
             if last is not None or None in ends or sorted(set(ends)) != ends:  # type: ignore[type-var]
-                raise ValueError("update_every: each stage but the last needs an `until`, and these must rise")
+                raise ValueError(
+                    "update_every: each stage but the last has an `until`, and these must rise; the last has none"
+                )
         low, high = self.view_sigma
         if low > high:
             raise ValueError(f"view_sigma: write the pair as [low, high], not [{low}, {high}]")

@@ -239,6 +239,8 @@ def test_a_dry_run_plans_for_what_was_launched_and_prints_once(tmp_path, monkeyp
     assert "batch_size: 4 cannot be shared equally by 3 processes; multiples of 6 can" in said
     monkeypatch.setenv("RANK", "1")
     assert run(monkeypatch, capsys, "train", config, "--dry-run")[:2] == (0, "")
+    code, _, said = run(monkeypatch, capsys, "train", config, "--processes", "4")
+    assert (code, "--processes is of --dry-run" in said) == (1, True)
 
 
 def test_an_image_that_cannot_be_measured_costs_no_other(folder, monkeypatch, capsys):

@@ -19,6 +19,19 @@ def test_fsdp1_is_refused(monkeypatch):
         build_accelerator()
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "field"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compute.compile"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "compute.checkpoint_activations"),
+    ],
+)
+def test_what_is_the_run_s_to_say_is_refused(monkeypatch, variable, value, field):
+    launched(monkeypatch, **{variable: value})
+    with pytest.raises(UserError, match=f"which is the run's to say: set {field}"):
+        build_accelerator()
+
+
 def test_a_multi_cpu_file_that_starts_one_process_is_refused(monkeypatch):
     """accelerate 1.15, utils/launch.py, prepare_simple_launcher_cmd_env: an address to meet at, and nobody to meet."""
     launched(monkeypatch, ACCELERATE_MIXED_PRECISION="no", ACCELERATE_USE_CPU="True", MASTER_ADDR="127.0.0.1")

@@ -60,6 +60,16 @@ def test_a_start_that_fails_leaves_no_directory_and_costs_no_checkpoint(tmp_path
     assert "nothing is left to do, 3 of 3 steps are made" in capsys.readouterr().out
 
 
+def test_a_refused_resume_leaves_a_finished_run_as_it_is(tmp_path):
+    values = tiny_config(tmp_path, steps=2)
+    run_dir = tmp_path / "runs" / "tiny"
+    assert build_engine(validate(values, "test")).fit() == 0
+    before = {name: (run_dir / name).read_bytes() for name in (FILE, "config.yaml")}
+    with pytest.raises(UserError, match="order of the samples"):
+        build_engine(validate(values | {"steps": 4, "seed": 7}, "test"), resume="auto")
+    assert {name: (run_dir / name).read_bytes() for name in before} == before
+
+
 def test_a_directory_that_does_not_say_whose_it_is_is_asked_about(tmp_path):
     engine = build(tmp_path, steps=3)
     engine.fit()

@@ -60,6 +60,10 @@ class Extra(Base):
     def get_extra_state(self):
         return {"v": 1}
 
+class Looking(Base):
+    def forward(self, x):
+        return super().forward(x) * (2 if x.mean().item() > 9 else 1)
+
 class Broken(Base):
     def forward(self, x):
         return super().forward(x.view(len(x), 3, -1, 7))
@@ -94,6 +98,19 @@ def test_what_cannot_be_trained_is_a_sentence_and_leaves_no_run(own, tmp_path, n
 def test_blocks_that_the_network_has_not_are_an_error(own, tmp_path, blocks):
     with pytest.raises(UserError, match=r"arch\.blocks: the network has no module of a class"):
         build_engine(validate(tiny_config(tmp_path, arch=own("Base", blocks=blocks)), "test"))
+
+
+def test_a_network_that_looks_at_values_trains_and_is_not_planned(own, tmp_path):
+    values = tiny_config(tmp_path, arch=own("Looking"), steps=1)
+    assert build_engine(validate(values, "test")).fit() == 0
+    with pytest.raises(UserError, match=r"cannot be planned, since it looks at values \(.*set accumulate to a number"):
+        build_engine(validate(values | {"accumulate": "auto"}, "test"))
+
+
+def test_activations_of_no_block_cannot_be_computed_again(own, tmp_path):
+    values = tiny_config(tmp_path, arch=own("Base"), compute={"checkpoint_activations": True})
+    with pytest.raises(UserError, match=r"checkpoint_activations: the network has no repeated blocks.*arch\.blocks"):
+        build_engine(validate(values, "test"))
 
 
 @pytest.mark.usefixtures("deterministic")
