@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from mcir.archs.state_dict import read_state_dict
 from mcir.errors import UserError
 from mcir.evaluation.metrics import WINDOW, blur, to_float64
-from mcir.restoration.inference import full_precision
 from mcir.section import Section, parse_yaml
 
 Better = Literal["higher", "lower"]
@@ -162,16 +161,18 @@ def parse(texts: Sequence[str]) -> tuple[AnyMetric, ...] | None:
     return tuple(found)
 
 
-@full_precision()
 @torch.no_grad()
 def measure(measures: Mapping[str, Measure], restored: Tensor, clean: Tensor) -> dict[str, float]:
     """The value of each metric; both images (1, 3, H, W), floating. ValueError for an image that one cannot take, or a
     value that is no number."""
+    from mcir.restoration.inference import full_precision  # a config names metrics, and is read without it
+
     x, y = (image.float().clamp(0, 1).mul(255).round().div(255) for image in (restored, clean))
     values = {}
     for label, of in measures.items():
         try:
-            values[label] = float(of(x, y))
+            with full_precision():
+                values[label] = float(of(x, y))
         except (ValueError, TypeError) as error:
             raise ValueError(f"metric {label}: {error}") from error
     return values
