@@ -117,11 +117,21 @@ def compile_blocks(net: nn.Module, descriptor: Descriptor, backend: str | Callab
     A block that is no single graph is a UserError at its first call: half compiled, it would only be slower.
     """
     from torch import _dynamo
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
 
     if not (blocks := blocks_of(net, descriptor)):
         raise UserError(
             "compute.compile: the network has no repeated blocks to compile; name their classes (arch.blocks)"
         )
+    if backend == "inductor" and next(net.parameters()).device.type == "cpu":
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise UserError(
+                "compute.compile: it needs a C++ compiler, g++ or what CXX names, and there is none: install one, or "
+                "set it to false"
+            ) from None
     # A U-shaped network needs a graph for each of its widths, and for training and inference.
     _dynamo.config.recompile_limit = max(_dynamo.config.recompile_limit, MAX_GRAPHS)
     for block in blocks:

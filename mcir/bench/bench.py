@@ -198,15 +198,15 @@ def bench(config: RunConfig, steps: int = 20, rounds: int = 5, compare: bool = T
             if engine.accelerator.num_processes == 1 and isinstance(config.objective.contrast, SPNConfig):
                 variants["reference"] = Reference(engine).step
         engine.forget_recordings()  # operator by operator a step needs its memory beside theirs
-        flops, wanted = dict[str, int](), set(variants)
+        flops, operators, wanted = dict[str, int](), dict[str, int](), set(variants)
         for name in list(variants):
             try:
                 flops[name] = count_flops(variants[name], fixed)
+                operators[name] = count_operators(variants[name], fixed)
             except (RuntimeError, MemoryError) as error:
                 if name == "mcir" or not is_out_of_memory(error):
                     raise
                 del variants[name]
-        operators = {name: count_operators(step, fixed) for name, step in variants.items()}
         rates: dict[str, list[float]] = {name: [] for name in variants}
         for i in range(rounds + 1):
             for name, step in variants.items():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,16 +44,17 @@ class Trial:
         return f"{name}: {self.images_per_s:.4g} images/s, {self.ms:.4g} ms/step, {self.memory_gib:.3g} GiB{verdict}"
 
 
-def sweep(config: RunConfig, arguments: Sequence[str]) -> Iterator[Trial]:
+def sweep(config: RunConfig, arguments: Sequence[str], steps: int = 4, rounds: int = 5) -> Iterator[Trial]:
     """Trials as they end; the first is the config as it is. `arguments`: what `mcir bench` was given as configs."""
-    best = measure(arguments, {})
+    measure = partial(_measure, [*arguments, "--steps", str(steps), "--rounds", str(rounds)])
+    best = measure({})
     yield best
     if best.images_per_s is None:
         return
     fastest, kept = best.images_per_s, dict[str, Any]()
     for choices in _settings(config):
         for setting in choices:
-            trial = measure(arguments, kept, setting)
+            trial = measure(kept, setting)
             pays = trial.images_per_s is not None and trial.images_per_s > PAYS * fastest
             yield Trial(**{**vars(trial), "kept": pays})
             if not pays:
@@ -61,10 +63,10 @@ def sweep(config: RunConfig, arguments: Sequence[str]) -> Iterator[Trial]:
             fastest, kept = trial.images_per_s, kept | setting
 
 
-def measure(arguments: Sequence[str], kept: dict[str, Any], setting: dict[str, Any] | None = None) -> Trial:
+def _measure(arguments: Sequence[str], kept: dict[str, Any], setting: dict[str, Any] | None = None) -> Trial:
     """Run `mcir bench` with the settings in a process."""
     overrides = [f"{path}={json.dumps(value)}" for path, value in (kept | (setting or {})).items()]
-    command = [sys.executable, "-m", "mcir", "bench", *arguments, *overrides, "--json", "--no-compare", "--steps", "4"]
+    command = [sys.executable, "-m", "mcir", "bench", *arguments, *overrides, "--json", "--no-compare"]
     limit = TRIAL_S if setting else None  # the config as it is takes what it takes
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)

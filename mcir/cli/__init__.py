@@ -89,10 +89,11 @@ def train(
 
         from mcir.train.memory import table
 
-        require_shared(config, processes)
+        sizes = processes or [int(size) for size in os.environ.get("WORLD_SIZE", "").split()]
+        require_shared(config, sizes)
         if int(os.environ.get("RANK", "0")) == 0:
             print(dump(config), end="")
-            Console().print(table(config, min(processes or [int(os.environ.get("WORLD_SIZE", "2"))])))
+            Console().print(table(config, min(sizes or [2])))
         return
     import torch
 
@@ -106,7 +107,8 @@ def train(
         for line in [*changed, *([said] if said else [])]:
             print(line, flush=True)
     engine = build_engine(config, resume)
-    engine.record.update(changed=changed[1:])
+    if engine.state.step < config.steps:
+        engine.record.update(changed=changed[1:])
     exit_code = engine.fit()
     engine.accelerator.end_training()
     raise typer.Exit(exit_code)
@@ -186,8 +188,7 @@ def evaluate(
         outputs=outputs,
     )
     accelerator.end_training()
-    if report.failures and accelerator.is_main_process:
-        failures = report.failures
+    if (failures := report.failures) and accelerator.is_main_process:
         raise UserError("\n".join([f"{len(failures)} could not be measured and are left out:", *failures]))
 
 
@@ -236,7 +237,7 @@ def restore(
 def bench(
     configs: Configs,
     json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Steps timed with the loader.")] = 20,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps timed with the loader: 20; of --sweep 4.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of mcir, plain and reference in turns.")] = 5,
     compare: Annotated[bool, typer.Option(help="Whether plain and reference are timed too.")] = True,
     sweep: Annotated[
@@ -260,7 +261,7 @@ def bench(
         if "WORLD_SIZE" in os.environ:
             raise UserError("--sweep measures one process: run it without a launcher")
         trials = []
-        for trial in settings.sweep(config, configs):
+        for trial in settings.sweep(config, configs, steps or 4, rounds):
             trials.append(trial)
             print(trial, file=sys.stderr, flush=True)
         if trials[0].fault:
@@ -270,7 +271,7 @@ def bench(
     from mcir.bench.bench import bench as measure
     from mcir.bench.bench import report
 
-    result = measure(config, steps, rounds, compare)
+    result = measure(config, steps or 20, rounds, compare)
     if int(os.environ.get("RANK", "0")):
         return
     if json:

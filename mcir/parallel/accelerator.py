@@ -158,8 +158,11 @@ def _check_launcher(world_size: int) -> None:
     for variable, option, field in (
         ("ACCELERATE_DYNAMO_BACKEND", "dynamo_backend", "compute.compile"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing", "compute.checkpoint_activations"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", "accumulate"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "gradient_clipping", "optim.max_grad_norm"),
     ):
-        if os.environ.get(variable, "no").lower() not in ("no", "false"):
+        neutral = ("1", "auto") if field == "accumulate" else ("no", "false", "none", "auto")
+        if os.environ.get(variable, neutral[0]).lower() not in neutral:
             raise UserError(f"the launch asks for {option}, which is the run's to say: set {field}")
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
     mpi = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")

@@ -3,6 +3,7 @@ ranks."""
 
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from mcir.archs.base import checkpoint_activations, compile_blocks, convolve_in_channels_last, images_of
-from mcir.config import RunConfig
+from mcir.config import RunConfig, require_shared
 from mcir.data.loader import Batch, Loader
 from mcir.data.stages import phase_of
 from mcir.errors import UserError
@@ -67,6 +68,8 @@ class Engine:
     def __init__(self, config: RunConfig, accelerator: Accelerator, resumes: bool = False) -> None:
         self.config, self.accelerator = config, accelerator
         self.arch = config.arch
+        if config.compute.cudnn_benchmark and accelerator.device.type != "cuda":
+            raise UserError("compute.cudnn_benchmark: a CPU has no cuDNN: set it to false")
         torch.backends.cudnn.benchmark = config.compute.cudnn_benchmark
         set_seed(config.seed)  # the same on all ranks: FSDP2 shards each rank's own copy of the initial weights
         net = self.arch.build()
@@ -275,7 +278,7 @@ class Engine:
         """Open the run directory: from now on a run is there. Collective."""
         self.record = runs.begin(self.config, self.accelerator, start, self.init_from)
         self.run_dir = start.run_dir
-        if self.state.best is None:
+        if self.state.best is None and self.state.step < self.config.steps:
             self.record.update(best=None)
         folder, keep_last = self.run_dir / "checkpoints", self.config.checkpoint.keep_last
         owned, timeout_s = self.record.require_owned, self.config.compute.timeout_s
@@ -294,6 +297,7 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
 
     `resume`: `never`, `auto`, or the path of a run or checkpoint (`runs.choose`).
     """
+    require_shared(config, [int(os.environ.get("WORLD_SIZE", "1"))])
     batch_size = math.gcd(*(phase.batch_size for phase in config.phases))
     accelerator = build_accelerator(
         precision=config.compute.precision,

@@ -97,13 +97,16 @@ class Record:
             return
         before = _earlier(run_dir / FILE)
         self.trackers |= before.get("trackers", {})
+        self._values: dict[str, Any] = before | {"message": None}
+        if before and step >= steps:  # nothing is left to do, whatever else the config may ask for now
+            return
         reason = REASONS[before["state"]] if before else f"begun from {origin}" if origin else "begun"
         if before and before["message"]:
             reason += f": {before['message']}"
         start = {"time": _now(), "step": step, "reason": reason, "command": sys.argv}
         start["environment"] = {**_environment(), **(environment or {})}
         start["config"] = parse_yaml(config, "config.yaml")
-        self._values: dict[str, Any] = {
+        self._values = {
             "name": name,
             "state": "running",
             "message": None,

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +134,20 @@ class State:
                 raise UserError(
                     f"{checkpoint.path}: {key} has another shape, {list(saved)}, than the network's {list(shape)}"
                 )
+        nets, negatives = self.negatives.nets, checkpoint.reader("negatives.safetensors")
+        num_saved = next(k for k in count() if negatives(f"{k}.{next(iter(shapes))}") is None)
+        if num_saved != len(nets):
+            raise UserError(
+                f"{checkpoint.path} holds {num_saved} negatives, and objective.contrast.negatives {len(nets)}: change "
+                "them back, or start another run from the checkpoint's weights (init_from)"
+            )
         load_full_params(self.accelerator, self.model, _strict(model, checkpoint))
         load_full_moments(self.accelerator, self.model, self.optimizer, moments)
         if self.ema:
             has_ema = (checkpoint.path / "ema.safetensors").exists()
             ema = checkpoint.reader("ema.safetensors") if has_ema else model
             self.ema.load(_strict(ema, checkpoint))
-        if len(self.negatives.nets):
-            negatives = _strict(checkpoint.reader("negatives.safetensors"), checkpoint)
-            self.negatives.nets.load_state_dict({key: negatives(key) for key in self.negatives.nets.state_dict()})
+        nets.load_state_dict({key: _strict(negatives, checkpoint)(key) for key in nets.state_dict()})
         saved_state = checkpoint.reader("followed.safetensors")
         for key, tensor in self.followed().items():  # where another contrast was trained, it begins here
             if (followed := saved_state(key)) is not None and followed.shape == tensor.shape:
@@ -203,9 +209,7 @@ def _strict(read: Callable[[str], Tensor | None], checkpoint: Checkpoint) -> Cal
     def get(key: str) -> Tensor:
         tensor = read(key)
         if tensor is None:
-            raise UserError(
-                f"{checkpoint.path} has no {key}: it was saved by a run with another network or other negatives"
-            )
+            raise UserError(f"{checkpoint.path} has no {key}: it was saved by a run with another network")
         return tensor
 
     return get

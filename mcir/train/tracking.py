@@ -231,7 +231,7 @@ class Meter:
 def memory_gib(device: torch.device) -> float:
     """Peak memory of this process so far: the device's, or the resident memory without one."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_reserved(device) / 2**30
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -3,6 +3,7 @@ machine code is torch's concern."""
 
 import pytest
 import torch
+import torch._inductor.config
 
 from mcir.archs import parse
 from mcir.archs.base import blocks_of, checkpoint_activations, compile_blocks
@@ -87,6 +88,15 @@ def test_blocks_that_are_computed_again_are_compiled_too(name):
     assert len(graphs) == NUM_GRAPHS[name]
     for own, other in zip(net.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(own.grad, other.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_missing_compiler_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    arch = parse({"name": "edsr", "scale": 2, "num_features": 4, "num_blocks": 1})
+    with pytest.raises(
+        UserError, match=r"compute\.compile: it needs a C\+\+ compiler.*install one, or set it to false"
+    ):
+        compile_blocks(arch.build(), arch.descriptor)
 
 
 def test_blocks_that_are_not_there_are_an_error():

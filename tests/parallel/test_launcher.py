@@ -24,6 +24,8 @@ def test_fsdp1_is_refused(monkeypatch):
     [
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "compute.compile"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", "compute.checkpoint_activations"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "accumulate"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "1.0", "optim.max_grad_norm"),
     ],
 )
 def test_what_is_the_run_s_to_say_is_refused(monkeypatch, variable, value, field):

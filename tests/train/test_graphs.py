@@ -26,11 +26,13 @@ NETWORKS = {
 }
 
 
-def test_a_cpu_has_none(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("on a GPU there are")
-    with pytest.raises(UserError, match=r"compute.cuda_graphs: they are a GPU's.*set it to false"):
-        build_engine(validate(tiny_config(tmp_path, compute={"cuda_graphs": True}), "run"))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has them")
+@pytest.mark.parametrize(
+    ("field", "sentence"), [("cuda_graphs", "they are a GPU's"), ("cudnn_benchmark", "a CPU has no")]
+)
+def test_a_cpu_has_none(tmp_path, field, sentence):
+    with pytest.raises(UserError, match=rf"compute\.{field}: {sentence}.*set it to false"):
+        build_engine(validate(tiny_config(tmp_path, compute={field: True}), "run"))
 
 
 def test_parameters_of_a_recording_are_others_in_the_same_memory():

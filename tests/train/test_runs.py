@@ -70,6 +70,26 @@ def test_a_refused_resume_leaves_a_finished_run_as_it_is(tmp_path):
     assert {name: (run_dir / name).read_bytes() for name in before} == before
 
 
+def test_a_finished_run_stays_as_it_is_whatever_it_is_resumed_with(tmp_path):
+    run_dir = tmp_path / "runs" / "tiny"
+    assert build(tmp_path, steps=2).fit() == 0
+    config, record = (run_dir / "config.yaml").read_bytes(), json.loads((run_dir / FILE).read_text())
+    assert build(tmp_path, "auto", steps=2, tracking={"log_every": 1}, seed=0).fit() == 0
+    assert (run_dir / "config.yaml").read_bytes() == config
+    assert json.loads((run_dir / FILE).read_text()) | {"updated": record["updated"]} == record
+
+
+@pytest.mark.parametrize("number", [0, 2, 4])
+def test_another_number_of_negatives_is_refused(tmp_path, number):
+    """Three are saved: fewer would be lost, and more would begin nowhere."""
+    values = tiny_config(tmp_path, steps=2)
+    assert build_engine(validate(values, "test")).fit() == 0
+    contrast = values["objective"]["contrast"]
+    contrast["negatives"] = [*contrast["negatives"], {"update_every": 7}][:number]
+    with pytest.raises(UserError, match=rf"holds 3 negatives, and objective\.contrast\.negatives {number}: change"):
+        build_engine(validate(values | {"steps": 4}, "test"), resume="auto")
+
+
 def test_a_directory_that_does_not_say_whose_it_is_is_asked_about(tmp_path):
     engine = build(tmp_path, steps=3)
     engine.fit()
