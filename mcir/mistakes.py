@@ -99,8 +99,11 @@ def _sentence(fault: Any, where: str, parent: Any) -> str:
         meant = f", do you mean {near[0]}?" if near else ""
         return f"{where}.{tag}: {fault['ctx']['tag']} is none of {', '.join(expected)}{meant}"
     message = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
-    if isinstance(fault["input"], Mapping) or isinstance(fault.get("ctx", {}).get("error"), CredentialsInURL):
-        return f"{where}: {message}" if where else message
+    if isinstance(fault["input"], Mapping) and where:
+        names_field = message.partition(":")[0].partition(".")[0] in fault["input"]
+        return f"{where}.{message}" if names_field else f"{where}: {message}"
+    if isinstance(fault.get("ctx", {}).get("error"), CredentialsInURL):
+        return f"{where}: {message}"
     return message if not where else f"{where}: {message} (given: {fault['input']!r})"
 
 

@@ -41,7 +41,7 @@ def test_a_field_of_several_kinds_has_one_line(tmp_path, steps, line):
             "optim.optimizer.betas.0: Input should be less than 1 (given: 1)",
             "optim.optimizer.betas.1: required and not given",
         ]),
-        ("data.degrade_on_device", True, ["data: degrade_on_device: needs the degradation bicubic of every source"]),
+        ("data.degrade_on_device", True, ["data.degrade_on_device: needs the degradation bicubic of every source"]),
         ("objective.contrast.weight", {"target_rati": 3}, [
             "objective.contrast.weight.target_ratio: required and not given",
             "objective.contrast.weight.target_rati: no such field, do you mean target_ratio?",

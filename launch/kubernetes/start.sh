@@ -14,6 +14,7 @@ set -euo pipefail
 : "${PET_NNODES:?}" "${PET_NODE_RANK:?}" "${PET_NPROC_PER_NODE:?}" "${PET_MASTER_ADDR:?}" "${PET_MASTER_PORT:?}"
 # After 60 s a replaced node would end its peers if the store were shared with the workers (pytorch#135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120} # to finish a step and save after SIGTERM
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 launch=(--config_file "launch/accelerate/${LAUNCH:-fsdp2}.yaml")
 meet=is_host=$((PET_NODE_RANK == 0))

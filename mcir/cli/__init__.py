@@ -59,7 +59,8 @@ def train(
     resume: Annotated[
         str,
         typer.Option(
-            help="never: a new run directory. auto: go on with the newest checkpoint, or begin. PATH: that run's."
+            help="never: a new run directory. auto: go on with the newest checkpoint, or begin. PATH: that run, or "
+            "a new one from that checkpoint."
         ),
     ] = "never",
     dry_run: Annotated[
@@ -202,9 +203,7 @@ def restore(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo what exists.")] = False,
     weights_kind: WeightsKind = None,
     arch: Archs = [],  # noqa: B006
-    tile: Annotated[
-        str, typer.Option(metavar="N|auto", help="Side of tiles; auto: only where the picture does not fit.")
-    ] = "auto",
+    tile: Annotated[str, typer.Option(metavar="N|auto", help="Side of tiles; auto: only where it must be.")] = "auto",
     overlap: Overlap = None,
     ensemble: Ensemble = False,
     max_pixels: MaxPixels = None,
@@ -243,7 +242,8 @@ def bench(
     sweep: Annotated[
         bool,
         typer.Option(
-            "--sweep", help="Try bf16, channels_last, compile and batch sizes; print the best as YAML to train with."
+            "--sweep",
+            help="Try bf16, channels_last, CUDA graphs, compile, batch sizes; print the best as YAML to train with.",
         ),
     ] = False,
 ) -> None:

@@ -154,7 +154,7 @@ def inspect(
         pairs = _pairs(source, layout, degraded, split, scale, (pattern, clean_pattern), column, faults)
         report = inspect_pairs(pairs, faults)
     report.print()
-    if sheet:
+    if sheet and report.examples:
         write_whole(sheet, png(contact_sheet(report.examples)))
     raise typer.Exit(1 if report.faults else 0)
 

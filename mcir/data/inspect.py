@@ -23,9 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mcir.data.card import checksums, file_sha256
-from mcir.data.chain import Chain
 from mcir.data.decode import decode, to_float
-from mcir.data.degrade import Bicubic, GaussianBlur, Haze, Jpeg, MotionBlur, Noise, Rain
 from mcir.data.encode import centre
 from mcir.data.files import LeftOut, files_at
 from mcir.data.pairs import Fault, Pairs
@@ -89,7 +87,6 @@ def inspect_packed(
     place: Path | str,
     columns: Columns = COLUMNS,
     num_examples: int = 12,
-    seed: int = 0,
 ) -> Report:
     """Look at the shards of a folder (or file, or pattern) as training reads them: every row decoded, keys unique,
     sizes fitting, checksums as in the card.
@@ -113,7 +110,7 @@ def inspect_packed(
     report.columns = further_columns(shards[0], columns)
     extra = dict.fromkeys(report.columns, str(shards[0]))
     units = open_parquet([str(shard) for shard in shards], str(place), columns, report.faults, extra)
-    return inspect_units(units, report, num_examples, seed)
+    return inspect_units(units, report, num_examples)
 
 
 def further_columns(shard: Path, columns: Columns) -> tuple[str, ...]:
@@ -128,7 +125,7 @@ def further_columns(shard: Path, columns: Columns) -> tuple[str, ...]:
     return tuple(name for name, kind in features.items() if kind == {"_type": "Image"} and name not in known)
 
 
-def inspect_units(units: Units, report: Report | None = None, num_examples: int = 12, seed: int = 0) -> Report:
+def inspect_units(units: Units, report: Report | None = None, num_examples: int = 12) -> Report:
     """Look at all rows of an opened source."""
     report = report or Report(left_out=units.left_out)
 
@@ -145,11 +142,11 @@ def inspect_units(units: Units, report: Report | None = None, num_examples: int 
                 else:
                     yield (said := str(row))
 
-    _look(samples(), sum(units.lengths), report, num_examples, seed)
+    _look(samples(), sum(units.lengths), report, num_examples)
     return report
 
 
-def inspect_pairs(pairs: Pairs, faults: Sequence[Fault] = (), num_examples: int = 12, seed: int = 0) -> Report:
+def inspect_pairs(pairs: Pairs, faults: Sequence[Fault] = (), num_examples: int = 12) -> Report:
     """Look at images on disk that were matched by name, with these `faults`: every file decoded, sizes fitting."""
     report = Report(left_out=pairs.left_out, faults=[line for fault in faults for line in fault.lines()])
     report.num_files = len({path for pair in pairs.samples for path in pair.files})
@@ -167,7 +164,7 @@ def inspect_pairs(pairs: Pairs, faults: Sequence[Fault] = (), num_examples: int 
             yield pair.key, places, (clean, *others) if pair.degraded else (clean, None, *others)
 
     scale = None if pairs.centre_crop else pairs.scale
-    _look(samples(), len(pairs.samples), report, num_examples, seed, scale, pairs.centre_crop)
+    _look(samples(), len(pairs.samples), report, num_examples, scale, pairs.centre_crop)
     return report
 
 
@@ -176,11 +173,10 @@ def _look(
     total: int,
     report: Report,
     num_examples: int,
-    seed: int,
     scale: int | None = None,
     centre_crop: bool = False,
 ) -> None:
-    wanted = set(np.random.default_rng(seed).permutation(total)[:num_examples].tolist())
+    wanted = set(np.random.default_rng(0).permutation(total)[:num_examples].tolist())
     alone: list[str] = []
     for number, sample in enumerate(track(samples, "looking", total, console=Console(stderr=True))):
         report.num_samples += 1
@@ -257,21 +253,3 @@ def contact_sheet(images: Sequence[tuple[str, Tensor]], columns: int = 6, side: 
         sheet.paste(Image.fromarray(pixels.numpy()), (x, y + label))
         draw.text((x + 2, y + 2), text[: side // 6], fill="black")
     return sheet
-
-
-def degradation_examples(clean: Tensor, seed: int = 0) -> list[tuple[str, Tensor]]:
-    """One example of each degradation of `clean` (3, H, W), labelled, for a contact sheet."""
-    kinds = [
-        ("bicubic, scale 4", Bicubic(scale=4)),
-        ("noise, sigma 25", Noise(sigma=25)),
-        ("jpeg, quality 10", Jpeg(quality=10)),
-        ("gaussian_blur, sigma 2", GaussianBlur(sigma=2)),
-        ("motion_blur, 15 px", MotionBlur(length=15, angle=30)),
-        ("haze, beta 1.5", Haze(beta=1.5, airlight=0.9)),
-        ("rain", Rain(density=0.006, length=20, angle=75, strength=0.4)),
-        ("chain, real_esrgan", Chain(scale=4, steps="real_esrgan")),
-        ("chain, bsrgan", Chain(scale=4, steps="bsrgan")),
-    ]
-    height, width = (side // 4 * 4 for side in clean.shape[-2:])
-    clean = clean[:, :height, :width]
-    return [("clean", clean), *((name, kind(clean, np.random.default_rng(seed))) for name, kind in kinds)]

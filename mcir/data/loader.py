@@ -228,7 +228,8 @@ class Loader:
 def _put(batch: Tensor, place: int, image: Pixels) -> Tensor:
     """The batch with the image in it: of bytes until one comes that is none."""
     if batch.dtype == torch.uint8 and image.dtype != np.uint8:
-        batch = to_float(batch).pin_memory()
+        pinned, batch = batch.is_pinned(), to_float(batch)
+        batch = batch.pin_memory() if pinned else batch
     batch[place].numpy()[...] = image  # one by one they stay in the cache
     if batch.dtype != torch.uint8 and image.dtype == np.uint8:
         batch[place].div_(255)

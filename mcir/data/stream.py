@@ -90,7 +90,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
         if repeated := sorted({label for label in self.labels if self.labels.count(label) > 1}):
-            raise ValueError(f"data.train: two sources are labelled {', '.join(repeated)}")
+            raise ValueError(f"train: two sources are labelled {', '.join(repeated)}")
         return self
 
 

@@ -36,7 +36,8 @@ def workers_of_a_rank(num_workers: int | Literal["auto"]) -> int:
     """`data.num_workers` as a number. Cores are those that this process may use: by affinity and by quota."""
     if num_workers != "auto":
         return num_workers
-    cores = float(len(os.sched_getaffinity(0)))
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    cores = float(len(affinity(0)) if affinity else os.cpu_count() or 1)
     with suppress(OSError, ValueError):  # "max 100000" where there is none
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, int(quota) / int(period))

@@ -81,7 +81,6 @@ def measure(
     metrics: Sequence[AnyMetric] | None = None,
     options: Options = Options(),
     outputs: Outputs = Outputs(),
-    console: Console | None = None,
 ) -> Report:
     """Every network on every set (`open_sets` says what a place is), printed and written. Collective.
 
@@ -90,7 +89,7 @@ def measure(
     by default those that the configs among the places validate with.
     Raises UserError before the first image for whatever does not fit together.
     """
-    console = console or Console()
+    console = Console()
     scale = _common_scale(networks)
     if baseline_name is not None and baseline_name != ("bicubic" if scale > 1 else "degraded"):
         raise UserError(f"baseline {baseline_name}: for scale {scale} it is {'bicubic' if scale > 1 else 'degraded'}")

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from mcir.archs.state_dict import read_state_dict
 from mcir.errors import UserError
 from mcir.evaluation.metrics import WINDOW, blur, to_float64
-from mcir.section import Section, parse_yaml
+from mcir.section import PathText, Section, parse_yaml
 
 Better = Literal["higher", "lower"]
 Measure = Callable[[Tensor, Tensor], Any]
@@ -64,7 +64,7 @@ class LPIPS(_Metric):
     name: Literal["lpips"] = "lpips"
     network: Literal["alex", "vgg", "squeeze"] = "alex"
     """Tables of restored images mostly take alex; vgg is the loss of its authors."""
-    weights: str = "imagenet"
+    weights: PathText = "imagenet"
     """`imagenet` (torchvision's download and cache) or a file with torchvision's keys (.pth or .safetensors)."""
 
     @property
@@ -82,7 +82,7 @@ class DISTS(_Metric):
 
     better: ClassVar[Better] = "lower"
     name: Literal["dists"] = "dists"
-    weights: str = "imagenet"
+    weights: PathText = "imagenet"
     """`imagenet` (torchvision's download and cache) or a file with torchvision's keys (.pth or .safetensors)."""
 
     def build(self, device: torch.device) -> Measure:

@@ -66,10 +66,11 @@ def to_image(rgb: Tensor) -> Image.Image:
     return Image.fromarray((rgb * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
-def comparison_png(path: Path, pictures: Sequence[Picture], references: Sequence[Picture]) -> None:
-    """Rows of degraded | bicubic (or nothing, where the degraded image is the baseline) | restored | clean."""
+def comparison_png(path: Path, pairs: Sequence[tuple[Picture, Picture]]) -> None:
+    """Rows of degraded | bicubic (or nothing, where the degraded image is the baseline) | restored | clean. `pairs`:
+    what the network and what the baseline made of an image."""
     rows = []
-    for picture, reference in zip(pictures, references, strict=True):
+    for picture, reference in pairs:
         upscaled = {"bicubic": reference.restored} if picture.degraded.shape != picture.clean.shape else {}
         shown = {"degraded": picture.degraded, **upscaled, "restored": picture.restored, "clean": picture.clean}
         rows.append(side_by_side(shown, [reference.restored, picture.restored]))

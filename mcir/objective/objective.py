@@ -131,7 +131,7 @@ class Objective(nn.Module):
     def validated(self, psnr: float) -> None:
         """Take in a validation's PSNR in dB, equal on all ranks, which a curriculum goes by."""
         if isinstance(self.contrast, Ratio):
-            self.contrast.best_psnr.fill_(max(psnr, float(self.contrast.best_psnr)))
+            self.contrast.best_psnr.fill_(max(float(self.contrast.best_psnr), psnr))  # in this order not a NaN
 
     def follow(self, losses: Mapping[str, Tensor]) -> None:
         """Take in a step's mean losses, equal on all ranks."""

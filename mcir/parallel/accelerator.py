@@ -35,7 +35,6 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def build_accelerator(
     *,
     precision: Precision | None = None,
-    accumulate: int = 1,
     blocks: Sequence[str] = (),
     batch_size: int = 1,
     max_grad_norm: float | None = None,
@@ -46,7 +45,6 @@ def build_accelerator(
 
     Args:
         precision: None takes the launch file's `mixed_precision`, where `no` is fp32. A contradiction is an error.
-        accumulate: micro-batches in an optimizer step.
         blocks: class names of the network's repeated blocks, the units that FSDP2 shards.
         batch_size: samples in a micro-batch of all processes; they must be able to share it equally.
         max_grad_norm: what DeepSpeed must be told beforehand.
@@ -114,7 +112,7 @@ def build_accelerator(
             dtype = str(AUTOCAST[chosen]).removeprefix("torch.")
             deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": dtype}
     accelerator.mcir_precision = chosen
-    set_micro_batches(accelerator, batch_size, accumulate)
+    set_micro_batches(accelerator, batch_size, 1)
     return accelerator
 
 

@@ -136,10 +136,11 @@ def _values(
         held_out = _set(found.held_out, degrade) | {"protocol": "sr" if scale > 1 else "rgb"}
         every = own.get("validation", USUAL["validation"])["every"]
         values["validation"] = {"every": every, "tile": "auto", "sets": {"held_out": held_out}}
+    config = validate(values, name)
     try:
-        size = sum(plan(validate(values, name), "single", 1).values()) / 2**30
+        size = sum(plan(config, "single", 1).values()) / 2**30
         notes["accumulate"] = f"by the memory plan: one batch takes {size:.3g} GiB, and is split where it does not fit"
-    except RuntimeError:  # a network that computes with values, of which a plan has none
+    except UserError:  # a network that computes with values, of which a plan has none
         values["accumulate"], notes["accumulate"] = 1, "a number; the memory plan cannot look into this network"
     return values, notes
 

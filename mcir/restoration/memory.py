@@ -6,6 +6,7 @@ What there is, is the machine's or, where it is less, that of the control group 
 """
 
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,15 @@ def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cg
         except (OSError, ValueError):
             continue  # no limit ("max"), or no such group from here
     return max(0, least)
+
+
+def limits(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes that the control groups of this process (a container, a Slurm job) may take, where they are limited."""
+    found = []
+    for folder, limit, _ in _groups(proc, cgroups):
+        with suppress(OSError, ValueError):  # no such group from here, or no limit ("max")
+            found.append(int((folder / limit).read_text()))
+    return found
 
 
 def _groups(proc: Path, cgroups: Path) -> list[tuple[Path, str, str]]:

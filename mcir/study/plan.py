@@ -20,7 +20,7 @@ from mcir.evaluation.report import write_whole
 from mcir.train import record
 
 Equal = Literal["steps", "time"]
-COMMON = ("arch", "init_from", "data", "batch_size", "validation")
+COMMON = ("arch", "init_from", "data", "batch_size", "stages", "validation")
 """Sections in which arms must agree."""
 WITHOUT_EFFECT = ("name", "runs_dir", "checkpoint", "tracking")
 """Sections in which a run that exists may differ from what is asked for now."""
@@ -165,26 +165,48 @@ def steps_in_equal_time(arms: Mapping[str, RunConfig], images_per_s: Mapping[str
     not come down with fewer steps."""
     first, reference = next(iter(arms.items()))
     for name, config in arms.items():
-        schedule = config.optim.schedule
-        if schedule.name == "multistep" or (schedule.name == "cosine" and schedule.period is not None):
+        schedule, contrast = config.optim.schedule, config.objective.contrast
+        if schedule.name in ("multistep", "segments") or getattr(schedule, "period", None):
             raise UserError(
                 f"arm {name}: optim.schedule names steps of its own, which --equal time would leave behind; use cosine "
                 "without a period, or constant"
             )
+        staged = contrast is not None and any(isinstance(n.update_every, tuple) for n in contrast.negatives)
+        if config.stages or staged:
+            place = "stages" if config.stages else "objective.contrast.negatives"
+            raise UserError(f"arm {name}: {place} names steps of its own, which --equal time would leave behind")
     return {name: max(1, round(reference.steps * images_per_s[name] / images_per_s[first])) for name in arms}
 
 
 def saved_steps(output: Path, arms: Mapping[str, RunConfig]) -> dict[str, int] | None:
-    """What an earlier start found for `--equal time`; None if there is nothing for these arms."""
+    """What an earlier start found for `--equal time`; None if there is nothing for these arms. UserError where it was
+    for other settings."""
+    file = output / "steps.json"
     try:
-        saved = json.loads((output / "steps.json").read_text())
+        saved = json.loads(file.read_text())
+        steps, configs = saved["steps"], saved["arms"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{output / 'steps.json'}: cannot be read ({error}); restore it or give another --output"
-        ) from None
-    return {name: int(saved[name]) for name in arms} if arms.keys() <= saved.keys() else None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: cannot be read ({error!r}); restore it or give another --output") from None
+    if not arms.keys() <= steps.keys():
+        return None
+    for name, config in arms.items():
+        if found := list(differences(configs[name], _of_effect(config))):
+            raise UserError(
+                f"{file}: arm {name} was timed with other settings ({_shown(found)}): give another --output"
+            )
+    return {name: int(steps[name]) for name in arms}
+
+
+def save_steps(output: Path, arms: Mapping[str, RunConfig], steps: Mapping[str, int]) -> None:
+    """For `saved_steps`."""
+    content = {"steps": dict(steps), "arms": {name: _of_effect(config) for name, config in arms.items()}}
+    write_whole(output / "steps.json", (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _of_effect(config: RunConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -12,7 +12,7 @@ from mcir.config import RunConfig, dump
 from mcir.errors import UserError
 from mcir.evaluation.report import require_writable, write_whole
 from mcir.study.execute import Executor, execute, is_main
-from mcir.study.plan import Equal, Plan, equal_steps, read_arms, saved_steps, steps_in_equal_time
+from mcir.study.plan import Equal, Plan, equal_steps, read_arms, save_steps, saved_steps, steps_in_equal_time
 from mcir.study.plots import curves_png, differences_png
 from mcir.study.report import to_json, to_markdown
 from mcir.study.results import Results, collect
@@ -108,7 +108,7 @@ def _measure_steps(executor: Executor, arms: Mapping[str, RunConfig], output: Pa
                 fastest[name] = max(fastest[name], _images_per_s(log))
     steps = steps_in_equal_time(arms, executor.agree(fastest))
     if is_main():
-        write_whole(output / "steps.json", (json.dumps(steps, indent=1) + "\n").encode())
+        save_steps(output, arms, steps)
     return steps
 
 

@@ -111,7 +111,9 @@ class Checkpointer:
         final, main = self.folder / f"step-{step:08d}", self.accelerator.is_main_process
         temporary = final.with_name(f".{final.name}.partial")
 
-        def together(work: Callable[[], dict[str, Any]] | None) -> dict[str, Any]:
+        def together(
+            work: Callable[[], dict[str, Any]] | None, failed: str = f"written to {self.folder}"
+        ) -> dict[str, Any]:
             """What all ranks' work gives; an error of one is an error of all. They hear of each other however long it
             takes, so that only a rank that is lost is waited for in vain."""
             with ThreadPoolExecutor(1) as aside:
@@ -123,7 +125,7 @@ class Checkpointer:
             if problems:
                 if main:
                     shutil.rmtree(temporary, ignore_errors=True)
-                raise UserError(f"the checkpoint of step {step} could not be written to {self.folder}: {problems[0]}")
+                raise UserError(f"the checkpoint of step {step} could not be {failed}: {problems[0]}")
             return {name: entry for _, entries, _ in gathered for name, entry in entries.items()}
 
         def begin() -> dict[str, Any]:
@@ -137,6 +139,9 @@ class Checkpointer:
             self.owned()
             publish(temporary, final, manifest)
             prune(self.folder, self.keep_last, keep)
+            return {}
+
+        def copy() -> dict[str, Any]:
             self.copy(final)
             return {}
 
@@ -144,6 +149,7 @@ class Checkpointer:
             begun = time.perf_counter()
             manifest = together(lambda: write_files(temporary, files, texts() if main else {}, metadata))
             together((lambda: end(manifest)) if main else None)
+            together(copy if main else None, f"copied from {final}")
             self.times["save_s"] = time.perf_counter() - begun
 
         num_bytes = sum(self._gather(sum(t.nbytes for file in files.values() for t in file.values())))

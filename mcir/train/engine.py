@@ -35,7 +35,6 @@ from mcir.parallel.accelerator import (
 )
 from mcir.parallel.scaling import LossScale
 from mcir.parallel.shards import align_replicas, broadcast_from_first, cuts_weights, unwrapped
-from mcir.section import is_url
 from mcir.train import offsite, runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer
 from mcir.train.ema import EMA
@@ -74,8 +73,7 @@ class Engine:
         set_seed(config.seed)  # the same on all ranks: FSDP2 shards each rank's own copy of the initial weights
         net = self.arch.build()
         self.init_from: str | None = None
-        replaced = resumes and config.init_from and is_url(config.init_from)  # by a checkpoint: not fetched for that
-        if config.init_from and not replaced:
+        if config.init_from and not resumes:  # a checkpoint replaces them, and they may be gone
             (fetched,) = fetch_all([config.init_from], accelerator=accelerator)
             report, self.init_from = load_into(net, fetched.path, min_share=config.init_share), fetched.origin
             if accelerator.is_main_process:
@@ -238,6 +236,9 @@ class Engine:
         with self.record, tracker, SteadyCollector() as collector, stopping as stop, self.checkpointer:
             tracker.message(f"{self.run_dir}: {self}; {tracker.curves}")
             exit_code = 0
+            if self.state.owes_validation and config.validation:
+                with meter.pause():
+                    self.validation.run(config.validation, self.state, tracker, self.record, last=False)
             while self.state.step < config.steps and not exit_code:
                 phase = phase_of(config.phases, self.state.step + 1)
                 if 0 < phase.step == self.state.step:
@@ -259,7 +260,9 @@ class Engine:
                 save = last or exit_code or self.state.step % config.checkpoint.every == 0
                 if last or exit_code or self.state.step % config.tracking.log_every == 0:
                     log_step(self, tracker, meter)
-                if config.validation and (last or self.state.step % config.validation.every == 0):
+                due = config.validation is not None and self.state.step % config.validation.every == 0
+                self.state.owes_validation = bool(due and exit_code and not last)  # there is time to save, no more
+                if config.validation and (last or due) and not self.state.owes_validation:
                     with meter.pause():
                         best = self.validation.run(config.validation, self.state, tracker, self.record, last)
                     save = save or (best and config.checkpoint.keep_best)
@@ -321,6 +324,8 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
         engine = Engine(config, accelerator, resumes=start.checkpoint is not None)
         if start.checkpoint:
             engine.load(start.checkpoint)
+            if start.is_new:  # the best so far is another run's
+                engine.state.best = None
         engine.loader.open()  # what cannot be read, or not from there on, is known before anything is written
         engine.begin(start)
     return engine

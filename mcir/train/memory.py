@@ -8,7 +8,6 @@ that a save is written from (`State.save`).
 
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from mcir.config import RunConfig
 from mcir.errors import UserError
 from mcir.objective.objective import Objective
 from mcir.parallel.accelerator import strategy
+from mcir.restoration.memory import limits
 
 USABLE = 0.8
 """Share of a device's memory that `accumulate: auto` plans with; the rest is for what the plan leaves out."""
@@ -89,9 +89,7 @@ def device_bytes(accelerator: Accelerator) -> int:
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_properties(accelerator.device).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return min(whole, int(text) if text != "max" else whole) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min([whole, *limits()]) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _activations(config: RunConfig, net: nn.Module, world_size: int) -> int:

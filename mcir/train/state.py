@@ -54,6 +54,8 @@ class State:
     """Where the run computes in fp16."""
     best: tuple[float, str] | None = None
     """Value of the deciding metric, and the checkpoint that reached it."""
+    owes_validation: bool = False
+    """Whether the run was stopped where a validation was due, which is made when it goes on."""
     contrast_share: float | None = None
     """The contrast over the reconstruction loss, at the last log step."""
     measured: dict[str, float] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class State:
             "position": self.loader.position,
             "order": self.loader.order,
             "best": self.best,
+            "owes_validation": self.owes_validation,
             "num_skipped": self.num_skipped(),
             "loss_scale": self.loss_scale.state() if self.loss_scale else None,
             "strategy": strategy(accelerator),
@@ -159,6 +162,7 @@ class State:
                 f"batch_size and these stages it would be {self.loader.position_after(self.step)}: change them back, "
                 "or start another run from the checkpoint's weights (init_from)"
             )
+        self.owes_validation = state.get("owes_validation", False)
         self.loader.num_skipped = state["num_skipped"] if self.accelerator.is_main_process else 0
         self.skipped_in_a_row.fill_(state.get("skipped_in_a_row", 0))
         if self.loss_scale and state.get("loss_scale"):

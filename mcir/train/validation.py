@@ -117,15 +117,17 @@ class Validation:
         tracker: Tracker,
         results: dict[str, tuple[Scores, list[Picture]]],
     ) -> None:
-        scale, table = state.config.arch.descriptor.scale, {}
+        scale, num_pictures, table = state.config.arch.descriptor.scale, state.config.tracking.num_images, {}
         for name, (scores, pictures) in results.items():
             reference, reference_pictures = evaluate(
-                baseline(scale), config.sets[name], scale, state.accelerator, len(pictures), metrics=config.metrics
+                baseline(scale), config.sets[name], scale, state.accelerator, num_pictures, metrics=config.metrics
             )
-            table[name] = reference, scores
-            if state.accelerator.is_main_process and pictures:
+            table[name] = reference.without(scores.failed), scores.without(reference.failed)
+            upscaled = {picture.key: picture for picture in reference_pictures}
+            both = [(picture, upscaled[picture.key]) for picture in pictures if picture.key in upscaled]
+            if state.accelerator.is_main_process and both:
                 path: Path = tracker.run_dir / f"{name}.png"
-                comparison_png(path, pictures, reference_pictures)
+                comparison_png(path, both)
                 tracker.message(f"{name}: degraded | {'bicubic | ' if scale > 1 else ''}restored | clean in {path}")
         if state.accelerator.is_main_process:
             name, further = "bicubic" if scale > 1 else "degraded", [metric.label for metric in config.metrics]

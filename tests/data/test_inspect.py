@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from mcir.data.inspect import contact_sheet, degradation_examples, inspect_packed, inspect_pairs
+from mcir.data.inspect import contact_sheet, inspect_packed, inspect_pairs
 from mcir.data.layouts import find_pairs
 from mcir.data.options import Options
 from mcir.data.pack import pack
@@ -149,13 +149,3 @@ def test_the_contact_sheet_shows_every_image_at_its_place():
     wide = np.array(contact_sheet([("wide", torch.zeros(3, 100, 400))], columns=1, side=64))
     assert (wide[16:32, :64] == 0).all()
     assert (wide[33:] == 255).all()
-
-
-def test_every_degradation_is_in_the_examples():
-    images = degradation_examples(torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8))
-    assert [name.split(",")[0] for name, _ in images] == [
-        "clean", "bicubic", "noise", "jpeg", "gaussian_blur", "motion_blur", "haze", "rain",
-        "chain", "chain",
-    ]  # fmt: skip
-    assert images[1][1].shape == (3, 12, 17)
-    assert contact_sheet(images).size == (6 * 192, 2 * 208)

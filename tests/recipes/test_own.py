@@ -95,6 +95,20 @@ def test_a_network_of_the_zoo_with_and_without_a_recipe(photos, tmp_path):
     assert "configs/published/hat_x4.yaml" in (tmp_path / "hat.yaml").read_text()
 
 
+def test_a_network_of_which_there_is_no_memory_plan(photos, tmp_path, monkeypatch):
+    """It looks at values, of which a plan has none."""
+    (tmp_path / "looks.py").write_text(
+        "from torch import nn\n\n\nclass Looks(nn.Conv2d):\n"
+        "    def __init__(self):\n        super().__init__(3, 3, 1)\n\n"
+        "    def forward(self, image):\n        return super().forward(image) if image.mean().item() > 0 else image\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    init("{name: import, target: 'looks:Looks'}", photos / "blurred", tmp_path / "a.yaml")
+    assert load([tmp_path / "a.yaml"]).accumulate == 1
+    assert "the memory plan cannot look into this network" in (tmp_path / "a.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("network", "data", "settings", "message"),
     [

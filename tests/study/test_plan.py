@@ -92,6 +92,12 @@ def test_other_steps_need_a_word(base, overlay):
     arms = read_arms([base], [], [plain, overlay("stepped", optim=stepped)])
     with pytest.raises(UserError, match=r"arm stepped: optim\.schedule names steps of its own"):
         steps_in_equal_time(arms, {"plain": 90.0, "stepped": 30.0})
+    pieces = {"schedule": {"name": "segments", "pieces": [{"schedule": {"name": "cosine"}}]}}
+    staged = {"stages": [{"after": 3, "crop_size": 16, "batch_size": 4}]}
+    for values, place in (({"optim": pieces}, "optim.schedule"), (staged, "stages")):
+        (name, config), *_ = read_arms([base], [], [overlay("own", **values), overlay("same", **values)]).items()
+        with pytest.raises(UserError, match=rf"arm own: {place} names steps of its own"):
+            steps_in_equal_time({name: config}, {name: 1.0})
 
 
 def test_arms_share_initial_weights_and_data(base, overlay, tmp_path):

@@ -178,10 +178,12 @@ def test_equal_time_measures_and_side_by_side_trains(folder):
     with pytest.raises(UserError, match="run the same command with --dry-run once"):
         study(base, options, chosen, output, num_seeds=1, equal="time", only=0)
     assert study(base, options, chosen, output, num_seeds=1, equal="time", dry_run=True) == 0
-    steps = json.loads((output / "steps.json").read_text())
+    steps = json.loads((output / "steps.json").read_text())["steps"]
     assert steps["plain"] == 40
     assert 1 <= steps["deep"] < 40
     assert study(base, options, chosen, output, num_seeds=1, equal="time", jobs=2) == 0
     content = json.loads((output / "study.json").read_text())
     assert [run["step"] for run in content["runs"]] == [40, steps["deep"]]
-    assert json.loads((output / "steps.json").read_text()) == steps
+    assert json.loads((output / "steps.json").read_text())["steps"] == steps
+    with pytest.raises(UserError, match=r"arm plain was timed with other settings \(steps: 80, not 40\)"):
+        study(base, ["steps=80", "validation.every=40"], chosen, output, num_seeds=1, equal="time", dry_run=True)

@@ -46,8 +46,8 @@ def test_a_start_that_fails_leaves_no_directory_and_costs_no_checkpoint(tmp_path
     before = (tmp_path / "runs" / "tiny" / FILE).read_text()
     with pytest.raises(UserError, match=r"typo\.pth"):
         build(tmp_path, init_from="typo.pth")
-    with pytest.raises(UserError, match=r"typo\.pth"):
-        build(tmp_path, "auto", init_from="typo.pth")
+    with pytest.raises(UserError, match="has another shape"):
+        build(tmp_path, "auto", arch={"name": "edsr", "scale": 2, "num_features": 5, "num_blocks": 2})
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
     assert (tmp_path / "runs" / "tiny" / FILE).read_text() == before  # finished, and it stays so
     with pytest.raises(UserError, match="no more disk"), build(tmp_path).record:
@@ -68,6 +68,32 @@ def test_a_refused_resume_leaves_a_finished_run_as_it_is(tmp_path):
     with pytest.raises(UserError, match="order of the samples"):
         build_engine(validate(values | {"steps": 4, "seed": 7}, "test"), resume="auto")
     assert {name: (run_dir / name).read_bytes() for name in before} == before
+
+
+def test_what_a_run_began_from_may_be_gone_when_it_goes_on(tmp_path):
+    first = build(tmp_path, name="first", steps=1)
+    first.fit()
+    weights = tmp_path / "weights.safetensors"
+    (first.run_dir / "checkpoints/step-00000001/model.safetensors").rename(weights)
+    build(tmp_path, steps=1, init_from=str(weights)).fit()
+    weights.unlink()
+    resumed = build(tmp_path, "auto", steps=2, init_from=str(weights))
+    assert (resumed.state.step, resumed.fit()) == (1, 0)
+
+
+def test_a_run_begun_from_another_s_checkpoint_has_no_best_yet(tmp_path):
+    """That one's names a directory of its own."""
+    sets = {"held": {"source": {"format": "parquet", "path": str(tmp_path / "data")}, "protocol": "sr"}}
+    sets["held"]["degradation"] = {"name": "bicubic", "scale": 2}
+    first = build(tmp_path, steps=2, validation={"every": 1, "sets": sets})
+    first.fit()
+    assert first.state.best is not None
+    checkpoint = str(first.run_dir / "checkpoints" / "step-00000002")
+    second = build(tmp_path, checkpoint, steps=3, validation={"every": 1, "sets": sets})
+    assert (second.state.step, second.state.best) == (2, None)
+    second.fit()
+    assert second.state.best is not None
+    assert (second.run_dir / "checkpoints" / second.state.best[1]).exists()
 
 
 def test_a_finished_run_stays_as_it_is_whatever_it_is_resumed_with(tmp_path):

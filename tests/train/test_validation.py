@@ -1,8 +1,11 @@
 """Several sets in one run: each is shown, and together they may decide which checkpoint is best."""
 
 import json
+import os
+import signal
 import sys
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -11,7 +14,7 @@ from mcir.config import validate
 from mcir.errors import UserError
 from mcir.train.engine import build_engine
 from tests.distributed.launch import write_config
-from tests.runs import tiny_config, write_dataset
+from tests.runs import png, tiny_config, write_dataset
 
 BICUBIC = {"name": "bicubic", "scale": 2}
 
@@ -52,6 +55,63 @@ def test_the_best_checkpoint_of_several_sets_and_what_is_published_of_them(tmp_p
     with pytest.raises(SystemExit, match=r"[^0]"):
         main()
     assert "no set holds published results" in capsys.readouterr().err
+
+
+def test_the_closing_table_and_pictures_are_of_images_that_both_could_restore(tmp_path, capsys):
+    """The first image is the only one of its size, and too large for the network."""
+    (tmp_path / "held").mkdir()
+    rng = np.random.default_rng(0)
+    for name, side in (("a", 48), ("b", 32), ("c", 32)):
+        pixels = rng.integers(0, 256, (side, side, 3), np.uint8)
+        (tmp_path / "held" / f"{name}.png").write_bytes(png(pixels))
+    values = tiny_config(tmp_path, steps=1, tracking={"num_images": 2})
+    held = {"source": {"format": "folders", "clean": str(tmp_path / "held")}, "degradation": BICUBIC, "protocol": "sr"}
+    values["validation"] = {"every": 1, "sets": {"held": held}}
+    engine = build_engine(validate(values, "run"))
+    restore = engine.validation.restore
+
+    def small_ones(degraded, *others):
+        if degraded.shape[-1] > 16:
+            raise UserError("too large")
+        return restore(degraded, *others)
+
+    engine.validation.restore = small_ones
+    assert engine.fit() == 0
+    assert (engine.run_dir / "held.png").exists()
+    assert engine.state.measured["held/psnr (ema)"] > 0
+    shown = capsys.readouterr().out
+    assert "held without 1 images, the first: too large" in shown
+    (tmp_path / "held" / "a.png").unlink()
+    other = build_engine(validate(values, "run"))
+    other.fit()
+    assert row_of("held", capsys.readouterr().out) == row_of("held", shown)  # bicubic's mean is of the same two
+
+
+def row_of(name, shown):
+    return [line.split()[1:] for line in shown.splitlines() if line.strip("│ ").startswith(f"{name} ")][-1]
+
+
+def test_a_stop_does_not_wait_for_a_validation_which_the_next_start_makes(tmp_path):
+    values = tiny_config(tmp_path, steps=6)
+    values["validation"] = {"every": 2, "sets": {"held": several_sets(tmp_path)["held"]}}
+    whole = build_engine(validate(values | {"name": "whole"}, "run"))
+    whole.fit()
+    stopped = build_engine(validate(values, "run"))
+    step = stopped.step
+
+    def signalled(batches):
+        if stopped.state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(batches)
+
+    stopped.step = signalled
+    assert (stopped.fit(), stopped.state.step) == (75, 4)
+    scores = [engine.run_dir / "validation" / "step-00000004.json" for engine in (whole, stopped)]
+    assert not scores[1].exists()
+    resumed = build_engine(validate(values, "run"), resume="auto")
+    assert resumed.fit() == 0
+    assert scores[1].read_text() == scores[0].read_text()
+    assert resumed.state.best == whole.state.best
 
 
 def test_super_resolution_noise_and_haze_in_one_run(tmp_path, capsys):
