@@ -25,11 +25,11 @@ from mcir.evaluation.divergence import save_divergence
 from mcir.evaluation.evaluate import Picture, Restore, Scores, baseline, evaluate
 from mcir.evaluation.perceptual import AnyMetric
 from mcir.evaluation.pictures import one_below_another, side_by_side, to_image
+from mcir.evaluation.plots import differences_png
 from mcir.evaluation.report import (
     COMPARISON_NOTE,
     Report,
     comparison_table,
-    plot,
     png,
     require_writable,
     results_table,
@@ -287,4 +287,4 @@ def _publish(report: Report, outputs: Outputs, console: Console) -> None:
     if outputs.csv:
         write_whole(outputs.csv, to_csv(report).encode())
     if outputs.plot:
-        write_whole(outputs.plot, png(plot(report)))
+        write_whole(outputs.plot, differences_png(report))

@@ -1,6 +1,5 @@
 """What a validation shows: pictures side by side, and the table of the baseline against the network."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from mcir.evaluation.config import MEAN
 from mcir.evaluation.evaluate import Picture, Scores, mean_of_sets
+from mcir.evaluation.report import png, write_whole
 
 PICTURE_SIDE = 384
 LABEL = 18
@@ -74,10 +74,7 @@ def comparison_png(path: Path, pairs: Sequence[tuple[Picture, Picture]]) -> None
         upscaled = {"bicubic": reference.restored} if picture.degraded.shape != picture.clean.shape else {}
         shown = {"degraded": picture.degraded, **upscaled, "restored": picture.restored, "clean": picture.clean}
         rows.append(side_by_side(shown, [reference.restored, picture.restored]))
-    image = to_image(one_below_another(rows))
-    temporary = path.with_name(f".{path.name}.partial")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    write_whole(path, png(to_image(one_below_another(rows))))
 
 
 def results_table(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich.table import Table
 
 from mcir.errors import UserError
@@ -172,58 +172,6 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [jsonable(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def plot(report: Report) -> Image.Image:
-    """PSNR differences in dB, a row for each set and pair: a dot for each image, a bar for the interval, a tick for the
-    mean, a line at zero."""
-    rows = []
-    for name, scores in report.scores.items():
-        for network, reference in report.pairs:
-            values, other = scores[network].values["psnr"], scores[reference].values["psnr"]
-            rows.append((f"{name}: {network} - {reference}", np.subtract(values, other), difference(values, other)))
-    shown = [delta for _, deltas, _ in rows for delta in deltas if math.isfinite(delta)]
-    shown += [end for _, _, found in rows for end in (found.low, found.high) if math.isfinite(end)]
-    low, high = min([0.0, *shown]), max([0.0, *shown])
-    step = _round_step((high - low or 1) / 6)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    last += first == last
-
-    zoom = 2  # for sharp prints
-    font = ImageFont.load_default(13 * zoom)
-    left = int(max(font.getlength(label) for label, _, _ in rows)) + 20 * zoom
-    row_height, width = 36 * zoom, left + 560 * zoom
-    height = row_height * len(rows) + 50 * zoom
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-
-    def x(value: float) -> float:
-        return left + 20 * zoom + (value / step - first) / (last - first) * (520 * zoom)
-
-    bottom = row_height * len(rows) + 8 * zoom
-    for tick in range(first, last + 1):
-        at, strong = x(tick * step), tick == 0
-        draw.line((at, 4 * zoom, at, bottom), fill="#555" if strong else "#ddd", width=(2 if strong else 1) * zoom)
-        text = f"{tick * step:+g}" if tick else "0"
-        draw.text((at, bottom + 3 * zoom), text, fill="black", font=font, anchor="mt")
-    draw.text((x((first + last) / 2 * step), height - 3 * zoom), "PSNR difference, dB", "black", font, anchor="mb")
-    for i, (label, deltas, found) in enumerate(rows):
-        y = row_height * (i + 0.5) + 4 * zoom
-        draw.text((left, y), label, fill="black", font=font, anchor="rm")
-        if math.isfinite(found.low):
-            draw.rectangle((x(found.low), y - 4 * zoom, x(found.high), y + 4 * zoom), fill="#9ecae1")
-        for delta in deltas:
-            if math.isfinite(delta):
-                draw.circle((x(delta), y), 3 * zoom, outline="#08519c", width=zoom)
-        if math.isfinite(found.mean):
-            draw.line((x(found.mean), y - 11 * zoom, x(found.mean), y + 11 * zoom), fill="#cb181d", width=2 * zoom)
-    return image
-
-
-def _round_step(length: float) -> float:
-    """The next of …, 0.1, 0.2, 0.5, 1, 2, 5, …"""
-    power = 10.0 ** math.floor(math.log10(length))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= length * (1 - 1e-9))
 
 
 def png(image: Image.Image) -> bytes:

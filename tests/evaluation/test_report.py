@@ -5,7 +5,6 @@ import io
 import json
 import math
 
-import numpy as np
 import pytest
 from rich.console import Console
 
@@ -15,7 +14,6 @@ from mcir.evaluation.report import (
     Report,
     comparison_table,
     difference,
-    plot,
     require_writable,
     results_table,
     to_csv,
@@ -103,19 +101,6 @@ def test_json_is_json_and_complete():
     entry = content["differences"][0]
     assert (entry["set"], entry["weights"], entry["against"], entry["metric"]) == ("Set", "spn", "plain", "psnr")
     assert entry["mean"] == pytest.approx(0.5)
-
-
-def test_the_plot_puts_each_difference_where_it_belongs():
-    report = Report({"s": {"a": scores([1, 1, 1, 1], [1] * 4), "b": scores([0, 2, 1, 1], [1] * 4)}}, False, {})
-    pixels = np.asarray(plot(report)).astype(int)
-    zero = np.flatnonzero((pixels == 0x55).all(2).sum(0) > 20).mean()
-    mean = np.flatnonzero((pixels == (0xCB, 0x18, 0x1D)).all(2).sum(0) > 20).mean()
-    assert mean == pytest.approx(zero, abs=1.5)  # the mean difference is 0
-    dots = np.flatnonzero((pixels == (0x08, 0x51, 0x9C)).all(2).any(0))
-    bar = np.flatnonzero((pixels == (0x9E, 0xCA, 0xE1)).all(2).any(0))
-    half = 3.182446 * math.sqrt(2 / 3) / 2  # t of 3 degrees, s = sqrt(2 / 3), n = 4
-    assert (dots.max() - zero) / (bar.max() - zero) == pytest.approx(1 / half, abs=0.03)
-    assert (zero - dots.min()) == pytest.approx(dots.max() - zero, abs=2)
 
 
 def test_files_are_whole_or_absent(tmp_path):

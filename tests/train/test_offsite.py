@@ -127,7 +127,8 @@ def test_a_store_that_goes_away(store, wire, tmp_path):
     """The run ends with a sentence, and what is on the disk is whole."""
     engine = build_engine(config(tmp_path, steps=2))
     wire.down = True
-    with pytest.raises(UserError, match=r"step 2 could not be copied from .*: s3://bucket/runs/tiny.*: the network or the"):
+    said = r"step 2 could not be copied from .*: s3://bucket/runs/tiny.*: the network or the"
+    with pytest.raises(UserError, match=said):
         engine.fit()
     wire.down = False
     assert build_engine(config(tmp_path), resume="auto").state.step == 2
