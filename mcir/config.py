@@ -29,6 +29,9 @@ from mcir.section import TAGS, PathText, Section, parse_yaml, to_yaml
 from mcir.train.config import CheckpointConfig, TrackingConfig, WatchConfig
 from mcir.train.optim import OptimConfig, Segments
 
+PCL_PIXEL = 32
+"""Up to this crop the embedding of `pcl` ends in one pixel."""
+
 
 class RunConfig(Section):
     """One training run."""
@@ -93,6 +96,12 @@ def require_shared(config: RunConfig, world_sizes: Sequence[int]) -> None:
             batch = f"{phase.batch_size}" + (f" in {accumulate} micro-batches" if accumulate > 1 else "")
             numbers, least = ", ".join(str(n) for n in unfit), accumulate * math.lcm(*world_sizes)
             faults.append(f"{place}: {batch} cannot be shared equally by {numbers} processes; multiples of {least} can")
+        alone = phase.batch_size in [accumulate * n for n in world_sizes] and phase.crop_size <= PCL_PIXEL
+        if alone and isinstance(config.objective.contrast, PCLConfig):
+            faults.append(
+                f"{place}: a process gets one sample at a time, of which pcl's embedding makes one pixel, at crops up "
+                f"to {PCL_PIXEL}, and cannot normalise it: raise it, lower accumulate or enlarge data.crop_size"
+            )
     if faults:
         raise UserError("\n".join(faults))
 
@@ -177,7 +186,11 @@ def validate(values: Mapping[str, Any], name: str) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         lines, wrong = explained(error, values, RunConfig)
-        lines += _contradictions(_right_part(_without(values, wrong)), {place[0] for place in wrong}) if wrong else []
+        lines += (
+            _contradictions(_right_part(_without(values, wrong)), {place[0] for place in wrong if place})
+            if wrong
+            else []
+        )
         lines = [f"  {line}" for line in dict.fromkeys(lines)]
         raise UserError(f"{name}: {len(lines)} mistake{'s' if len(lines) > 1 else ''}\n" + "\n".join(lines)) from None
 
@@ -220,7 +233,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a UTF-8 text file") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a mapping of fields")
+    _require_names(values, str(path))
     return values
+
+
+def _require_names(node: Any, place: str) -> None:
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if isinstance(node, dict) and not isinstance(key, str):
+            raise UserError(f"{place}: {key!r} is no name of a field; write it in quotes where it is meant as text")
+        _require_names(value, f"{place}: {key}")
 
 
 def _merge(base: Any, over: Any) -> Any:

@@ -26,7 +26,9 @@ class Section(BaseModel):
     """Frozen, and every key that it does not know is an error."""
 
     # built at first use, within the whole that uses it: a twentieth of the time that a command takes to start
-    model_config = ConfigDict(defer_build=True, extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        allow_inf_nan=False, defer_build=True, extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
 
 class CredentialsInURL(ValueError):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +16,38 @@ class OneImage(nn.Module):
 
     def forward(self, degraded: Tensor) -> Any:
         return degraded + self.conv(degraded)
+
+
+class Running(OneImage):
+    """Networks that subtract a running mean, in training too (ActNorm, codebooks)."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, degraded: Tensor) -> Any:
+        if self.training:
+            self.mean.lerp_(degraded.mean((0, 2, 3)), 0.5)
+        return super().forward(degraded - self.mean.view(1, 3, 1, 1))
+
+
+class Unused(OneImage):
+    """A parameter that never gets a gradient."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(2))
+
+
+class Gain(OneImage):
+    """A parameter that is a single number."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, degraded: Tensor) -> Any:
+        return self.gain * super().forward(degraded)
 
 
 class Stages(OneImage):

@@ -170,6 +170,13 @@ def test_numbers_of_processes_that_cannot_share_a_batch_are_named(tmp_path):
     ]
 
 
+def test_one_pixel_cannot_be_normalised(tmp_path):
+    config = validate(tiny_config(tmp_path, batch_size=4, objective={"contrast": {"name": "pcl"}}), "one")
+    require_shared(config, [1, 2])
+    with pytest.raises(UserError, match=r"batch_size: a process gets one sample at a time, of which pcl's embedding"):
+        require_shared(config, [4])
+
+
 def test_a_contrast_that_needs_what_the_run_has_not(tmp_path):
     values = tiny_config(tmp_path, ema_decay=None)
     values["objective"]["contrast"] |= {"name": "ratio", "negatives": [{}, {"source": "ema"}]}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mcir.config import validate
+from mcir.config import load, validate
 from mcir.errors import UserError
 from tests.runs import tiny_config
 
@@ -34,8 +34,24 @@ def test_a_field_of_several_kinds_has_one_line(tmp_path, steps, line):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1: 3", "1 is no name of a field; write it in quotes"),
+        ("data: {train: [{2: 3}]}", "data: train: 0: 2 is no name of a field"),
+        ("? [a, b]\n: 4", "('a', 'b') is no name of a field"),
+    ],
+)
+def test_names_of_fields_are_text(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        load([tmp_path / "a.yaml"])
+    assert f"{tmp_path / 'a.yaml'}: {message}" in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("field", "value", "lines"),
     [
+        ("optim.optimizer.lr", float("inf"), ["optim.optimizer.lr: Input should be a finite number (given: inf)"]),
         ("data.num_workers", -1, ["data.num_workers: Input should be greater than or equal to 0 (given: -1)"]),
         ("optim.optimizer", {"name": "adam", "lr": 1e-3, "betas": [1]}, [
             "optim.optimizer.betas.0: Input should be less than 1 (given: 1)",

@@ -94,7 +94,7 @@ def train(
         require_shared(config, sizes)
         if int(os.environ.get("RANK", "0")) == 0:
             print(dump(config), end="")
-            Console().print(table(config, min(sizes or [2])))
+            Console(markup=False).print(table(config, min(sizes or [2])))
         return
     import torch
 
@@ -278,7 +278,7 @@ def bench(
         print(dumps(result))
     else:
         for shown in report(result):
-            Console().print(shown, highlight=False)
+            Console(markup=False).print(shown, highlight=False)
 
 
 @app.command()
@@ -297,7 +297,7 @@ def runs(
     if json:
         print(dumps(records, indent=1))
     else:
-        Console().print(table(records))
+        Console(markup=False).print(table(records))
 
 
 @app.command()

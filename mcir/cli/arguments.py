@@ -59,7 +59,7 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 def tile_of(text: str | None) -> Any:
     if text is None or text == "auto":
         return text
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise UserError(f"--tile {text}: give a number of pixels or auto")
     return int(text)
 

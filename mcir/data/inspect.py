@@ -58,7 +58,7 @@ class Report:
     """Labelled images for the contact sheet: degraded ("in") and clean alternate where there are pairs."""
 
     def print(self, console: Console | None = None) -> None:
-        console = console or Console()
+        console = console or Console(markup=False)
         table = Table(show_header=False)
         table.add_row("samples", f"{self.num_samples:,} ({self.num_paired:,} pairs)")
         table.add_row("files", f"{self.num_files:,}")
@@ -78,9 +78,9 @@ class Report:
         table.add_row("faults", f"{len(self.faults):,}")
         console.print(table)
         for line in [*filter(None, [self.note]), *(f"left out: {line}" for line in self.left_out.lines())]:
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         for fault in self.faults:
-            console.print(f"- {fault}", markup=False, soft_wrap=True)
+            console.print(f"- {fault}", soft_wrap=True)
 
 
 def inspect_packed(
@@ -178,7 +178,7 @@ def _look(
 ) -> None:
     wanted = set(np.random.default_rng(0).permutation(total)[:num_examples].tolist())
     alone: list[str] = []
-    for number, sample in enumerate(track(samples, "looking", total, console=Console(stderr=True))):
+    for number, sample in enumerate(track(samples, "looking", total, console=Console(stderr=True, markup=False))):
         report.num_samples += 1
         if isinstance(sample, str):
             report.faults.append(sample)

@@ -12,6 +12,7 @@ go. Once they are mended or removed, the same command goes on with what is done.
 into shards.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -51,6 +52,8 @@ one costs about 2 ms where `datasets` does it, a tenth of the time of decoding t
 _ALL_BAD = 100
 """So many bad samples before the first good one are no accident: the rest is not looked at."""
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EROFS)
 _SPOOL = ".spool"
 _STATE = ".pack.json"
 _LOCK = ".pack.lock"
@@ -69,6 +72,16 @@ def pack(pairs: Pairs, output: Path, options: Options, num_workers: int = 1) -> 
     options.check(pairs)
     if not pairs.samples:
         raise UserError("there is nothing to pack")
+    try:
+        return _pack(pairs, output, options, num_workers)
+    except OSError as error:
+        if error.errno not in (*_FULL, *_NO_PLACE):
+            raise
+        way_out = "make room, and the same command goes on" if error.errno in _FULL else "choose another folder"
+        raise UserError(f"{output} cannot be written to ({error.strerror}): {way_out}") from error
+
+
+def _pack(pairs: Pairs, output: Path, options: Options, num_workers: int) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     spools = [output / _SPOOL / spool_name(pair, pairs, options) for pair in pairs.samples]
     state = _state(pairs, options)

@@ -1,6 +1,6 @@
 """The section `validation`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
@@ -13,6 +13,10 @@ from mcir.section import Section
 
 MEAN = "mean"
 """Where the mean over the sets stands, beside their names."""
+
+
+SET_NAME = r"[A-Za-z0-9][\w.+ -]*"
+"""Pictures of a set are files of its name."""
 
 
 class ValidationSet(Section):
@@ -40,7 +44,7 @@ class ValidationConfig(Section):
 
     every: PositiveInt
     """Optimizer steps between two validations; the last step always validates."""
-    sets: dict[str, ValidationSet] = Field(min_length=1)
+    sets: dict[Annotated[str, Field(pattern=f"^{SET_NAME}$")], ValidationSet] = Field(min_length=1)
     metrics: tuple[AnyMetric, ...] = ()
     """Measured beside PSNR and SSIM: ms_ssim, lpips, dists, niqe, or `{name: import, target: module:function,
     direction: lower}`."""

@@ -83,8 +83,8 @@ def evaluate(
     """Scores of every image of a set, in its order, on all ranks, and the first `num_pictures` images. Collective.
 
     `metrics` are measured beside those of the protocol. `visit` sees each image on the rank that restored it; the
-    values it returns join the image's scores. An image that cannot be read, or that the protocol or the memory cannot
-    take, costs no other: it is among the scores' `failed`.
+    values it returns join the image's scores. An image that cannot be read, that the protocol or the memory cannot take
+    or that `visit` refuses costs no other: it is among the scores' `failed`.
     Raises UserError: no images, or none that can be measured.
     """
     group = _patient_group() if accelerator.num_processes > 1 else None  # created while the ranks are together
@@ -102,6 +102,12 @@ def evaluate(
             scores = score(restored, clean, data.protocol, scale=scale)
             values = {metric: float(value) for metric, value in scores.items()}
             values |= perceptual.measure(measures, restored, clean)
+            shown = None
+            if visit or index < num_pictures:
+                shown = Picture(row.key, degraded[0].cpu(), restored[0].clamp(0, 1).cpu(), clean[0].cpu())
+            if visit and shown:
+                values |= visit(shown)
+            share.append((index, row.key, values, shown if index < num_pictures else None))
         except UserError as error:
             failed[index] = str(error)
         except ValueError as error:
@@ -110,14 +116,6 @@ def evaluate(
             if not is_out_of_memory(error):
                 raise
             failed[index] = f"{row.where}: {size} pixels do not fit into memory; set tile to auto"
-        if index in failed:
-            continue
-        shown = None
-        if visit or index < num_pictures:
-            shown = Picture(row.key, degraded[0].cpu(), restored[0].clamp(0, 1).cpu(), clean[0].cpu())
-        if visit and shown:
-            values |= visit(shown)
-        share.append((index, row.key, values, shown if index < num_pictures else None))
     shares: list[Any] = [(share, failed)]
     if group is not None:
         shares = [None] * accelerator.num_processes

@@ -89,7 +89,7 @@ def measure(
     by default those that the configs among the places validate with.
     Raises UserError before the first image for whatever does not fit together.
     """
-    console = Console()
+    console = Console(markup=False)
     scale = _common_scale(networks)
     if baseline_name is not None and baseline_name != ("bicubic" if scale > 1 else "degraded"):
         raise UserError(f"baseline {baseline_name}: for scale {scale} it is {'bicubic' if scale > 1 else 'degraded'}")
@@ -104,11 +104,13 @@ def measure(
         *((path, True) for path in (outputs.images_dir, outputs.divergence_dir) if path),
     ):
         require_writable(path, folder)
+    for file, suffix in ((outputs.json, ".json"), (outputs.csv, ".csv"), (outputs.plot, ".png")):
+        if file and file.exists() and file.suffix.lower() != suffix:
+            raise UserError(f"{file}: is there already and no {suffix} file, such as would be replaced: name another")
     files = [path.resolve() for path in (outputs.json, outputs.csv, outputs.plot) if path]
+    files += [path.resolve() for path in (outputs.images_dir, outputs.divergence_dir) if path]
     if len(set(files)) < len(files):
-        raise UserError(
-            f"two outputs are the same file, {next(f for f in files if files.count(f) > 1)}: name two files"
-        )
+        raise UserError(f"two outputs are the same, {next(f for f in files if files.count(f) > 1)}: name two")
     sets = open_sets(places, scale, protocol)
     known = {name: test.data.published for name, test in sets.items() if published and test.data.published}
     if published and not known:
@@ -128,7 +130,7 @@ def measure(
     restorers: dict[str, Trained | None] = {baseline_name: None} if baseline_name else {}
     restorers |= {network.name: network for network in networks}
     scores: dict[str, dict[str, Scores]] = {name: {} for name in sets}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     hidden = not accelerator.is_main_process or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         for name, test in sets.items():

@@ -184,18 +184,22 @@ def require_writable(path: Path, folder: bool = False) -> None:
     """UserError unless a file (or folder) can be written there: said before hours of work."""
     if path.exists() and path.is_dir() != folder:
         raise UserError(f"{path}: is {'no ' if folder else 'a '}folder; choose another output")
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if (existing.is_file() and existing != path) or not os.access(existing, os.W_OK):
+    if path.exists() and not folder and not path.is_file():
+        raise UserError(f"{path}: is no ordinary file; choose another output")
+    whole = path.resolve()
+    existing = next(place for place in ([whole] if folder else []) + [*whole.parents] if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{path}: cannot be written there ({existing} takes no files)")
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """The file whole or not at all. UserError if the disk does not take it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """The file whole or not at all, where a link leads to. UserError if the disk does not take it."""
+    whole = path.resolve()
+    temporary = whole.with_name(f".{os.getpid()}.{whole.name[-40:]}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        whole.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
-        temporary.replace(path)
+        temporary.replace(whole)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:

@@ -231,7 +231,10 @@ class Negatives(nn.Module):
 @torch.no_grad()
 def checksums(tensors: Iterable[Tensor]) -> Tensor:
     """(T,) int64: the sum of each tensor's bytes."""
-    sums = [t.contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64) for t in tensors]
+    sums = [
+        t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).sum(dtype=torch.int64)
+        for t in tensors
+    ]
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
 
 

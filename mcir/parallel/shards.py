@@ -268,6 +268,5 @@ def _zero_load_moments(
         zero._lazy_init_hp_params_optimizer_state()  # stages 1 and 2: where each parameter's moments lie
     for name, parameter in trained:
         for key in MOMENTS:
-            value = read(f"{name}/{key}")
-            assert value is not None
-            _zero_set_master(parameter, value.to(accelerator.device), key)
+            if (value := read(f"{name}/{key}")) is not None:  # one that never gets a gradient has none elsewhere
+                _zero_set_master(parameter, value.to(accelerator.device), key)

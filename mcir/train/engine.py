@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 
 from mcir.archs.base import checkpoint_activations, compile_blocks, convolve_in_channels_last, images_of
@@ -78,7 +78,9 @@ class Engine:
             report, self.init_from = load_into(net, fetched.path, min_share=config.init_share), fetched.origin
             if accelerator.is_main_process:
                 print(report)
-        try_network(net, config, accelerator)
+        moving = [try_network(net, config, accelerator)]
+        broadcast_object_list(moving)
+        self.moving = moving[0]
         channels_last = config.compute.channels_last
         if channels_last is None:
             channels_last = self.arch.descriptor.channels_last and accelerator.device.type == "cuda"
@@ -187,6 +189,9 @@ class Engine:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             found.append(torch.stack([value.detach() for value in losses.values()]))
+        if self.moving and self.accelerator.num_processes > 1:
+            buffers = dict(unwrapped(self.accelerator, self.model).named_buffers())
+            broadcast_from_first(self.accelerator, [buffers[name] for name in self.moving])
         self.state.skipped_in_a_row = (self.state.skipped_in_a_row + skipped) * skipped
         self.most_skipped = torch.maximum(self.most_skipped, self.state.skipped_in_a_row)
         if self.ema:
@@ -317,6 +322,12 @@ def build_engine(config: RunConfig, resume: str = "never") -> Engine:
         )
     if accelerator.is_main_process:
         require_installed(config.tracking.to)
+    decay = getattr(config.optim.optimizer, "weight_decay", 0.0)
+    if config.arch.descriptor.unused_parameters and decay and strategy(accelerator).startswith("zero"):
+        raise UserError(
+            "optim.optimizer.weight_decay: under ZeRO it would shrink the parameters that never get a gradient "
+            "(arch.unused_parameters), as no other strategy does: set it to 0, or launch with ddp or fsdp2"
+        )
     accumulate = micro_batches(config, accelerator)
     set_micro_batches(accelerator, batch_size // accumulate, accumulate)
     config = config.model_copy(update={"accumulate": accumulate})

@@ -242,7 +242,9 @@ def _earlier(file: Path) -> dict[str, Any]:
 def _load(file: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(file.read_text())
-        known = record["state"] in REASONS and {"message", "step", "steps", "best", "starts"} <= record.keys()
+        known = record["state"] in REASONS and {"message", "step", "steps", "best"} <= record.keys()
+        known &= isinstance(record["starts"], list) and isinstance(record["images_per_s"], float | int | None)
+        _age(record["updated"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return record if known else None

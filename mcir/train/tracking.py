@@ -47,7 +47,7 @@ class Tracker:
         self, accelerator: Accelerator, config: RunConfig, run_dir: Path, record: Record, first_step: int
     ) -> None:
         self.accelerator, self.config, self.run_dir, self.record = accelerator, config, run_dir, record
-        self.first_step, self.num_steps, self.console = first_step, config.steps, Console()
+        self.first_step, self.num_steps, self.console = first_step, config.steps, Console(markup=False)
         self._lost: list[GeneralTracker] = []
         self.progress = Progress(
             *columns(),

@@ -7,27 +7,30 @@ from copy import deepcopy
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mcir.archs import Arch
 from mcir.archs.base import blocks_of, compile_blocks, images_of
 from mcir.archs.zoo import Imported, Zoo
 from mcir.config import RunConfig
 from mcir.errors import UserError
-from mcir.parallel.accelerator import autocast
+from mcir.parallel.accelerator import autocast, strategy
 from mcir.restoration.inference import forward
 from mcir.train.graphs import Recorded, require_graphs
 
 
-def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> None:
+def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> list[str]:
     """UserError unless the network holds what can be saved and shared, has the blocks that are named, and maps crops to
     restored crops, forward and backward. It is left as it is: a copy is tried, and no random number is drawn.
 
-    Not collective. The networks of this package are known to work and are not run.
+    Returns the names of the buffers that training moves and may read, which ranks must be told of each other's: not
+    those of normalisation, which reads its own in evaluation alone. Not collective. The networks of this package are
+    known to work and are not run.
     """
     blocks_of(net, config.arch.descriptor)
     if not isinstance(config.arch, Imported | Zoo):
-        return
-    _check_contents(net)
+        return []
+    _check_contents(net, strategy(accelerator))
     scale, crop = config.arch.descriptor.scale, min(phase.crop_size for phase in config.phases)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices), autocast(accelerator):
@@ -40,6 +43,7 @@ def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> 
             Recorded(tried)
         # two samples: statistics over a batch of one, where the features are a pixel, are none
         image = torch.rand(2, 3, crop // scale, crop // scale, device=accelerator.device)
+        before = {name: buffer.clone() for name, buffer in tried.named_buffers()}
         try:
             _try(tried, config.arch, image)
         except UserError:
@@ -54,9 +58,18 @@ def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> 
                 f"the network cannot be trained: with data.crop_size {crop} {tuple(image.shape)} ends in {failed}"
             ) from error
 
+    norms = [name for name, module in tried.named_modules() if isinstance(module, _NormBase)]
+    after = dict(tried.named_buffers())
+    return [n for n, buffer in before.items() if n.rpartition(".")[0] not in norms and not buffer.equal(after[n])]
 
-def _check_contents(net: nn.Module) -> None:
+
+def _check_contents(net: nn.Module, strategy: str) -> None:
     for name, parameter in net.named_parameters():
+        if parameter.ndim == 0 and strategy in ("fsdp2", "hsdp"):
+            raise UserError(
+                f"the network's {name} is a single number, of which FSDP2 makes no shards: give it the shape (1,), or "
+                "launch with ddp or zero2"
+            )
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise UserError(f"the network's {name} gets its shape from the first image: give its layer the sizes")
         if parameter.is_complex():

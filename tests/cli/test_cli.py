@@ -256,4 +256,4 @@ def test_an_image_that_cannot_be_measured_costs_no_other(folder, monkeypatch, ca
     assert "small" in json.loads((folder / "out.json").read_text())["results"]["Set3"]["a"]["failed"][0]
     same = ["--csv", folder / "x", "--json", folder / "x"]
     code, _, said = run(monkeypatch, capsys, "evaluate", *weights, "--data", folder / "Set3", *same)
-    assert (code, "two outputs are the same file" in said) == (1, True)
+    assert (code, "two outputs are the same" in said) == (1, True)

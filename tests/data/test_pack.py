@@ -21,6 +21,7 @@ from mcir.data import pack as pack_module
 from mcir.data.card import checksums
 from mcir.data.decode import decode
 from mcir.data.degrade import Bicubic, Haze
+from mcir.data.encode import encode
 from mcir.data.layouts import find_pairs
 from mcir.data.options import Options
 from mcir.data.pack import pack
@@ -530,3 +531,26 @@ def test_degraded_images_are_made_of_clean_ones(tmp_path, crop_size):
 def crops_of(crop_size):
     """Corners, in degraded pixels, of what is cut from 16 x 18 clean pixels, in order."""
     return [(0, 0)] if crop_size is None else [(y, x) for y in (0, 4) for x in (0, 4, 5)]
+
+
+def test_a_place_that_takes_nothing_is_a_sentence(photographs, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"cannot be written to \(.*\): choose another folder"):
+            pack(photographs, place, Options())
+    script = (
+        "import resource, sys; from pathlib import Path; from mcir.data.options import Options; from mcir.data.pack "
+        "import pack; from mcir.data.pairs import pair_folders; resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512)); "
+        "pack(pair_folders(Path(sys.argv[1])), Path(sys.argv[2]), Options())"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "clean"), str(tmp_path / "full")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "UserError: " in done.stderr
+    assert "File too large): make room, and the same command goes on" in done.stderr
+    assert len(pack(pair_folders(tmp_path / "clean"), tmp_path / "full", Options())) == 1
+
+
+def test_what_webp_cannot_hold_is_png():
+    wide = torch.zeros(3, 2, 16384, dtype=torch.uint8)
+    assert encode(wide, "webp")[1] == "png"
+    assert encode(wide[..., 1:], "webp")[1] == "webp"

@@ -41,6 +41,60 @@ def test_weights_that_blocks_share_under_fsdp2(tmp_path, num_negatives):
             assert not (tmp_path / name / "runs").exists()
 
 
+def own(folder, network, **changes):
+    """A config of a network of tests.standins, with one negative."""
+    arch = {"name": "import", "target": f"tests.standins:{network}", "unused_parameters": network == "Unused"}
+    values = tiny_config(folder, arch=arch, steps=4, checkpoint={"every": 2}, **changes)
+    values["data"]["train"][0]["degradation"] = {"name": "noise"}
+    values["objective"]["contrast"]["negatives"] = [{"update_every": 2}]
+    return str(write_config(folder / "config.yaml", values))
+
+
+def trained(folder, name):
+    step = folder / "runs" / name / "checkpoints" / "step-00000004"
+    return {
+        f"{file.name} {key}": value for file in step.glob("*.safetensors") for key, value in load_file(file).items()
+    }
+
+
+def test_what_a_network_moves_beside_its_weights_is_every_rank_s(tmp_path):
+    """Each rank would go on with a mean of its own, and a resumed run with the first one's: no longer the same run."""
+    config = own(tmp_path, "Running")
+    for arguments in (["name=whole"], ["name=half", "steps=2"], ["name=half", "--resume", "auto"]):
+        process = run("ddp_cpu", "train", config, *arguments)
+        assert process.returncode == 0, process.stdout
+    whole, half = (trained(tmp_path, name) for name in ("whole", "half"))
+    assert whole.keys() == half.keys()
+    assert all(tensor.equal(half[key]) for key, tensor in whole.items())
+    assert whole["model.safetensors mean"].abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_a_parameter_without_gradients_goes_on_under_zero(tmp_path):
+    """Others write no moments of it."""
+    config = own(tmp_path, "Unused")
+    single = run("single", "train", config, "name=single")
+    assert single.returncode == 0, single.stdout
+    middle = str(tmp_path / "runs" / "single" / "checkpoints" / "step-00000002")
+    zero = run("zero2_cpu", "train", config, "name=zero", "--resume", middle)
+    assert zero.returncode == 0, zero.stdout
+    one, other = trained(tmp_path, "single"), trained(tmp_path, "zero")
+    for key in ("model.safetensors unused", "model.safetensors conv.weight"):
+        assert one[key].allclose(other[key], rtol=1e-5, atol=1e-6)
+    decayed = run("zero2_cpu", "train", config, "optim.optimizer={name: adamw, lr: 1e-3}")
+    assert decayed.returncode != 0
+    assert "optim.optimizer.weight_decay: under ZeRO it would shrink the parameters" in decayed.stdout
+
+
+@pytest.mark.slow
+def test_a_single_number_is_no_shard(tmp_path):
+    config = own(tmp_path, "Gain")
+    assert run("ddp_cpu", "train", config, "steps=1").returncode == 0
+    sharded = run("fsdp2_cpu", "train", config, "steps=1")
+    assert sharded.returncode != 0
+    assert "mcir: the network's gain is a single number, of which FSDP2 makes no shards" in sharded.stdout
+
+
 QUICK = ("edsr", "swinir", "nafnet", "compact")
 
 

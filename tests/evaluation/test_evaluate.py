@@ -75,6 +75,18 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(tmp_path):
         evaluate(full, data, 1, accelerator)
 
 
+def test_an_image_that_the_visitor_refuses_costs_no_other(tmp_path):
+    """Such as one whose key is too long for the name of a picture."""
+
+    def visit(picture):
+        if picture.key == "1":
+            raise UserError("the pictures of 1 cannot be written")
+        return {}
+
+    scores, _ = evaluate(lambda image: image, write_pairs(tmp_path, [1, 2, 3]), 1, build_accelerator(), visit=visit)
+    assert (scores.keys, scores.failed) == (["0", "2"], {1: "the pictures of 1 cannot be written"})
+
+
 def test_no_images_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(FolderSource, "open", lambda self, extra=(): Units((), lambda unit, start: iter(())))
     with pytest.raises(UserError, match="no images"):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 
 import pytest
 from rich.console import Console
@@ -114,3 +115,11 @@ def test_files_are_whole_or_absent(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.json"]
     with pytest.raises(UserError, match="cannot be written"):
         write_whole(tmp_path / "file" / "x.json", b"1")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_whole(tmp_path / "link", b"2")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"2"
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="no ordinary file"):
+        require_writable(tmp_path / "fifo")
+    write_whole(tmp_path / ("n" * 250), b"3")

@@ -13,10 +13,11 @@ import pytest
 from rich.console import Console
 
 from mcir.archs import parse
+from mcir.cli import main
 from mcir.config import load, validate
 from mcir.errors import UserError
 from mcir.train.engine import build_engine
-from mcir.train.record import Record, read, table
+from mcir.train.record import FILE, Record, read, table
 from mcir.weights.files import save_weights
 from tests.distributed.launch import ROOT, environment, run, write_config
 from tests.runs import tiny_config
@@ -188,6 +189,28 @@ def test_one_corrupt_record_hides_no_other(tmp_path, capsys):
     assert [record["state"] for record in read(tmp_path)] == ["unreadable", "finished"]
     Console(width=160).print(table(read(tmp_path)))
     assert "unreadable: run.json is not a record of a run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("odd", [{"updated": "yesterday"}, {"starts": None}, {"images_per_s": "fast"}])
+def test_a_record_of_other_values_is_unreadable(tmp_path, odd):
+    whole = {"name": "a", "state": "finished", "message": "[/data/x]", "step": 1, "steps": 1, "best": None}
+    whole |= {"images_per_s": 1.0, "starts": [], "updated": "2026-01-01T00:00:00+00:00"}
+    for name, values in (("whole", whole), ("odd", whole | odd)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / FILE).write_text(json.dumps(values))
+    assert [record["state"] for record in read(tmp_path)] == ["unreadable", "finished"]
+
+
+def test_what_runs_say_is_printed_as_it_is(tmp_path, monkeypatch, capsys):
+    """In brackets, rich would see commands."""
+    values = {"name": "a", "state": "failed", "message": "no file net.pth[params] in [/data/x]", "step": 1, "steps": 1}
+    values |= {"best": None, "images_per_s": None, "starts": [], "updated": None}
+    (tmp_path / FILE).write_text(json.dumps(values | {"updated": "2026-01-01T00:00:00+00:00"}))
+    monkeypatch.setattr(sys, "argv", ["mcir", "runs", str(tmp_path)])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "no file net.pth[params] in [/data/x]" in capsys.readouterr().out
 
 
 def test_a_broken_record_does_not_keep_the_run_from_going_on(tmp_path):
