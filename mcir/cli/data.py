@@ -58,7 +58,7 @@ def pack(
     ] = None,
     crop_step: Annotated[int | None, typer.Option(help="Distance of neighbouring squares (DIV2K: 240).")] = None,
     crop_format: Annotated[str, typer.Option(help="png, or webp: lossless too, smaller, slower to write.")] = "png",
-    seed: Annotated[int, typer.Option(help="Of the row shuffling; -1 keeps the order of the files.")] = 0,
+    seed: Annotated[int, typer.Option(min=-1, help="Of the row shuffling; -1 keeps the order of the files.")] = 0,
     num_shards: Annotated[int | None, typer.Option(help="Number of shards, instead of --shard-mib.")] = None,
     shard_mib: Annotated[int, typer.Option(help="Size of a shard.")] = 256,
     degradation: Annotated[
@@ -143,6 +143,8 @@ def inspect(
         raise UserError("--split goes with a --layout, which knows where its parts are")
     if (packed or tars) and scale > 1:
         raise UserError(f"--scale goes with folders: the shards of {source} say themselves what scale their pairs have")
+    if (packed or tars) and (pattern, clean_pattern) != ("{key}", "{key}"):
+        raise UserError(f"--pattern goes with folders: the shards of {source} name their samples themselves")
     if columns and not packed:
         raise UserError(f"--columns goes with Parquet files, and {source} holds none")
     faults: list[Fault] = []

@@ -120,7 +120,10 @@ def measure(
         metric.build(accelerator.device)
     for network in networks:
         for test in sets.values():
-            check_tiles(network.arch.descriptor, _tile(test, options), options.overlap)
+            tile, descriptor = _tile(test, options), network.arch.descriptor
+            check_tiles(descriptor, tile, options.overlap)
+            if options.overlap is not None and tile is None and not descriptor.fixed_size:
+                raise UserError("--overlap is of tiles, and whole images are restored: give --tile, a number or auto")
     if accelerator.is_main_process:
         for network in networks:
             console.print(f"{network.name}: {network.origin}", highlight=False, soft_wrap=True)

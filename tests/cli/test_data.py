@@ -131,6 +131,7 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(folder, monkeypatch, capsy
 
 def test_scale_is_not_asked_of_shards(folder, monkeypatch, capsys):
     run(monkeypatch, capsys, "data", "pack", "clean", "out")
-    code, _, said = run(monkeypatch, capsys, "data", "inspect", "out", "--scale", "2")
-    assert code == 1
-    assert "--scale goes with folders" in said
+    for option, value in (("--scale", "2"), ("--pattern", "{key}x2")):
+        code, _, said = run(monkeypatch, capsys, "data", "inspect", "out", option, value)
+        assert code == 1
+        assert f"{option} goes with folders" in said
