@@ -19,7 +19,7 @@ def study(
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Holds the runs and the report; given again, goes on.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm, with seed, seed + 1, ...")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="Runs of each arm, with seed, seed + 1, ...")] = 5,
     equal: Annotated[
         str | None,
         typer.Option(

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,6 +29,7 @@ from torch import distributed as dist
 from mcir.errors import UserError
 from mcir.evaluation.report import write_whole
 from mcir.study.plan import Task
+from mcir.train import lock
 from mcir.train.stop import EXIT_CODES
 
 T = TypeVar("T")
@@ -70,6 +71,20 @@ class Executor:
         dist.broadcast_object_list(values)
         return values[0]
 
+    def on_main(self, call: Callable[[], T]) -> T:
+        """What the call returns in the main process, which alone makes it, or its UserError: everywhere."""
+        value: Any = None
+        error: UserError | None = None
+        if is_main():
+            try:
+                value = call()
+            except UserError as raised:
+                error = raised
+        value, error = self.agree((value, error))
+        if error:
+            raise error
+        return value
+
     def stop_agreed(self) -> int:
         """The exit code that a signal to any process asks for, 0 for none; the same everywhere."""
         codes = [self.stopped] * self.world_size
@@ -79,8 +94,8 @@ class Executor:
         return self.stopped
 
     def start(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str] = {}) -> list[dict[str, Any]]:
-        """Runs `python -m mcir ARGUMENTS` with its output at the end of `log`; the exit code, wall and processor
-        seconds of each process of the launch."""
+        """Runs `python -m mcir ARGUMENTS` with its output at the end of `log`, no longer than this process lives; the
+        exit code, wall and processor seconds of each process of the launch."""
         own = dict(environment)
         if self.world_size > 1:
             # A meeting point of its own: the launcher's store remembers whoever met there before.
@@ -89,7 +104,7 @@ class Executor:
         log.parent.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         with log.open("ab") as output:
-            command = [sys.executable, "-m", "mcir", *arguments]
+            command = [sys.executable, "-m", "mcir.study.child", str(os.getpid()), *arguments]
             # Out of the terminal's reach: Ctrl-C comes to the run once, from here.
             child = subprocess.Popen(
                 command, stdout=output, stderr=output, env=os.environ | own, start_new_session=True
@@ -137,11 +152,11 @@ def execute(executor: Executor, tasks: Sequence[Task], jobs: int = 1, retry_fail
 
 def _train(executor: Executor, task: Task, retry_failed: bool, environment: Mapping[str, str]) -> None:
     with _locked(task.run_dir) as free:
-        reason = _left_out(task, free, retry_failed) if is_main() else None
-        reason = executor.agree(reason)
+        reason = executor.on_main(lambda: _left_out(task, free, retry_failed))
         if reason:
             _say(task, reason)
             return
+        earlier, costs = executor.on_main(lambda: (_num_starts(task), read_costs(task)))
         _say(task, "begins")
         log = task.output / "logs" / f"{task.name}.log"
         outcomes = executor.start(["train", str(task.config_path), "--resume", "auto"], log, environment)
@@ -151,24 +166,32 @@ def _train(executor: Executor, task: Task, retry_failed: bool, environment: Mapp
             "processes": len(outcomes)
         }
         cost["gpu"] = torch.cuda.is_available()
-        _add_cost(task, cost)
+        began = _num_starts(task) > earlier
+        if began:
+            write_whole(task.run_dir / COST, (json.dumps([*costs, cost], indent=1) + "\n").encode())
         codes = sorted({o["exit_code"] for o in outcomes})
         state = (task.record or {"state": "not begun"})["state"]
         minutes = outcomes[0]["wall_s"] / 60
         ended = "" if codes == [0] else f", exit code {', '.join(map(str, codes))}: see {log}"
-        _say(task, f"{'killed' if state == 'running' else state} after {minutes:.1f} min{ended}")
+        what = "ended before training" if ended and not began else "killed" if state == "running" else state
+        _say(task, f"{what} after {minutes:.1f} min{ended}")
 
 
 def _left_out(task: Task, free: bool, retry_failed: bool) -> str | None:
     """Why a run is not started now; None to start it, or to go on with it."""
+    trained = "is being trained by another process"
     if not free:
-        return "is being trained by another process"
+        return trained
     record = task.record
     if record and record["state"] == "finished":
         return "is finished"
     if record and record["state"] == "failed" and not retry_failed:
         message = (record["message"] or "").partition("\n")[0]
         return f"has failed and stays so (--retry-failed goes on): {message}"
+    try:
+        lock.require_free(task.run_dir)
+    except UserError as error:
+        return f"{trained}: {error}"
     return None
 
 
@@ -202,18 +225,25 @@ def _slots(jobs: int) -> list[dict[str, str]]:
     ]
 
 
-def _add_cost(task: Task, cost: Mapping[str, Any]) -> None:
-    if task.run_dir.is_dir():
-        costs = [*read_costs(task), dict(cost)]
-        write_whole(task.run_dir / COST, (json.dumps(costs, indent=1) + "\n").encode())
-
-
 def read_costs(task: Task) -> list[dict[str, Any]]:
-    """Of each start of a run: `wall_s` and `cpu_s`, sums over its `processes`, and `gpu`."""
+    """Of each start of a run: `wall_s` and `cpu_s`, sums over its `processes`, and `gpu`. UserError for a file that
+    does not say so."""
+    file = task.run_dir / COST
     try:
-        return json.loads((task.run_dir / COST).read_text())
-    except (OSError, ValueError):
+        costs = json.loads(file.read_text())
+        known = all(isinstance(cost[key], int | float) for cost in costs for key in ("wall_s", "cpu_s", "gpu"))
+    except FileNotFoundError:
         return []
+    except (OSError, ValueError, TypeError, KeyError):
+        known = False
+    if not known:
+        raise UserError(f"{file}: does not say wall_s, cpu_s and gpu of each start; restore it or remove it")
+    return costs
+
+
+def _num_starts(task: Task) -> int:
+    record = task.record
+    return len(record["starts"]) if record else 0
 
 
 def _free_port() -> int:

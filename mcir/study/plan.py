@@ -93,19 +93,22 @@ class Plan:
         first = self.arms[self.first].model_dump(mode="json")
         return {path: new for path, _, new in differences(first, self.arms[arm].model_dump(mode="json"))}
 
-    def write(self) -> None:
-        """The config of each run. UserError where a run that exists had another one."""
+    def check(self) -> None:
+        """UserError where a run that exists was trained with other settings than the plan's."""
         for task in self.tasks:
             earlier = task.run_dir / "config.yaml"
-            text = dump(task.config)
-            if earlier.exists() and earlier.read_text() != text:
+            if earlier.exists() and earlier.read_text() != dump(task.config):
                 old, new = (c.model_dump(mode="json") for c in (load([earlier]), task.config))
                 found = [d for d in differences(old, new) if d[0].split(".")[0] not in WITHOUT_EFFECT]
                 if found:
                     raise UserError(
                         f"{task.run_dir} was trained with other settings ({_shown(found)}): give another --output"
                     )
-            write_whole(task.config_path, text.encode())
+
+    def write(self) -> None:
+        """The config of each run."""
+        for task in self.tasks:
+            write_whole(task.config_path, dump(task.config).encode())
 
 
 def read_arms(files: Sequence[str], overrides: Sequence[str], places: Sequence[str]) -> dict[str, RunConfig]:

@@ -35,17 +35,19 @@ def study(
     retry_failed: bool = False,
     dry_run: bool = False,
 ) -> int:
-    """Trains what is not done yet, one run after the other, and reports; the exit code: 1 where a run has failed.
+    """Trains what is not done yet, one run after the other, and reports; the exit code: 1 unless all are finished.
 
     `only`: that run alone, without a report. `dry_run`: says what there is to do. Collective under a launcher.
     UserError before the first run for whatever does not fit together.
     """
+    if only is not None and report_only:
+        raise UserError(f"--only {only} trains one run and --report-only reports on all: give one of the two")
     require_writable(output, folder=True)
     configs = read_arms(files, overrides, arms)
     with Executor() as executor:
         steps = equal_steps(configs, equal)
         if equal == "time":
-            found = executor.agree(saved_steps(output, configs) if is_main() else None)
+            found = executor.on_main(lambda: saved_steps(output, configs))
             if found is None and (only is not None or report_only):
                 raise UserError(
                     f"{output}: the arms' speeds are not known yet; run the same command with --dry-run once"
@@ -54,6 +56,7 @@ def study(
         plan = Plan(configs, num_seeds, output, equal, steps)
         if only is not None and not only < len(plan.tasks):
             raise UserError(f"--only {only}: there are {len(plan.tasks)} runs, counted from 0")
+        executor.on_main(plan.check)
         if dry_run:
             if is_main():
                 for task in plan.tasks:
@@ -61,10 +64,8 @@ def study(
                     state = f"{record['state']} at step {record['step']}" if record else "not begun"
                     print(f"{task.index:3d} {task.name}  {task.config.steps} steps  {state}")
             return 0
-        if is_main() and not report_only:
-            plan.write()
-        executor.agree(None)
         if not report_only:
+            executor.on_main(plan.write)
             execute(executor, plan.tasks if only is None else [plan.tasks[only]], jobs, retry_failed)
         stopped = executor.stop_agreed()
     if not is_main():
@@ -72,10 +73,8 @@ def study(
     if only is None:
         report(collect(plan), output)
     considered = plan.tasks if only is None else [plan.tasks[only]]
-    failed = any(
-        record is None or record["state"] in ("failed", "running") for record in (t.record for t in considered)
-    )
-    return stopped or int(failed)
+    done = all(record is not None and record["state"] == "finished" for record in (t.record for t in considered))
+    return stopped or int(not done)
 
 
 def report(results: Results, output: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mcir.errors import UserError
 from mcir.evaluation.evaluate import Scores
 from mcir.section import to_yaml
 from mcir.study.plan import Plan, equal_steps, read_arms
@@ -77,6 +78,14 @@ def test_the_tables_and_the_json_say_the_same(plan):
     assert entry["difference"]["is_shown"] is True
     failed = next(run for run in content["runs"] if run["name"] == "failed.seed0")
     assert (failed["state"], failed["message"], failed["scores"]) == ("failed", "it burst", {})
+
+
+@pytest.mark.parametrize("content", ['[{"wall_s": 9, "gpu": false}]', "[9]", "9", "[{"])
+def test_a_file_of_costs_that_does_not_say_them_is_named(plan, content):
+    file = plan.tasks[0].run_dir / "cost.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=rf"{file}: does not say wall_s, cpu_s and gpu of each start; restore it or"):
+        collect(plan)
 
 
 def test_the_plots_are_pictures(plan, tmp_path):

@@ -12,10 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from mcir.cli import app
 from mcir.errors import UserError
 from mcir.section import to_yaml
 from mcir.study.study import study
+from mcir.train import lock
+from mcir.train.checkpoint import newest
 from tests.distributed.launch import run
 from tests.runs import tiny_config, write_dataset
 
@@ -100,8 +104,25 @@ def test_again_does_nothing_but_the_report(trained, folder, capfd):
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert json.loads((trained / "study.json").read_bytes())["results"] == json.loads(report)["results"]
     assert capfd.readouterr().out.count("is finished") == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"report_only": True}, {"dry_run": True}, {"only": 0}])
+def test_no_run_is_trained_listed_or_reported_under_settings_it_never_had(trained, folder, options):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     with pytest.raises(UserError, match=r"trained with other settings \(optim\.optimizer\.lr: 0\.5, not 0\.001"):
-        study([str(folder / "base.yaml")], ["optim.optimizer.lr=0.5"], arms(folder, "plain", "spn"), trained)
+        study([str(folder / "base.yaml")], ["optim.optimizer.lr=0.5"], arms(folder, "plain", "spn"), trained, **options)
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_what_does_not_go_together_is_refused_at_once(trained, folder):
+    base, chosen = [str(folder / "base.yaml")], arms(folder, "plain", "spn")
+    with pytest.raises(UserError, match="--only 1 trains one run and --report-only reports on all: give one"):
+        study(base, [], chosen, trained, only=1, report_only=True)
+    told = CliRunner().invoke(
+        app, ["study", *base, "--arms", *chosen, "--output", str(trained), "--seeds", "99999999", "--dry-run"]
+    )
+    assert told.exit_code == 2
+    assert "'--seeds': Input should be less than or equal to 1000" in told.output
 
 
 def test_a_failed_run_stays_failed_and_costs_only_itself(folder, trained, capfd):
@@ -145,6 +166,38 @@ def test_stopped_and_killed_it_goes_on(folder):
     assert not (output / "runs" / "spn.seed0-2").exists()
 
 
+def test_a_killed_study_takes_its_run_along_and_leaves_alone_what_another_process_trains(folder, capfd):
+    output, run_dir = folder / "killed", folder / "killed" / "runs" / "plain.seed0"
+    base, changed, chosen = [str(folder / "base.yaml")], ["steps=20000"], arms(folder, "plain", "spn")
+    command = [sys.executable, "-m", "mcir", "study", *base, *changed, "--arms", *chosen, "--seeds", "1", "--only", "0"]
+    command += ["--output", str(output)]
+    killed = subprocess.Popen(command)
+    while not list(run_dir.rglob("step-*")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    end = time.monotonic() + 60
+    while (run_dir / "lock.json").exists():
+        assert time.monotonic() < end, "the run goes on without its study"
+        time.sleep(0.05)
+    record = json.loads((run_dir / "run.json").read_text())
+    assert record["state"] == "preempted"
+    assert newest(run_dir / "checkpoints").name == f"step-{record['step']:08}"
+    assert study(base, changed, chosen, output, num_seeds=1, report_only=True) == 1  # it is not done
+
+    claim = lock.acquire(run_dir)
+    capfd.readouterr()
+    other = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert other.returncode == 1
+    assert f"0 plain.seed0 is being trained by another process: {run_dir} is being written by" in other.stdout
+    assert study(base, changed, chosen, output, num_seeds=1, only=0) == 1  # this process has the lock, its child not
+    claim.release()
+    assert "0 plain.seed0 ended before training after" in capfd.readouterr().out
+    assert not (run_dir / "cost.json").exists()
+    assert json.loads((run_dir / "run.json").read_text()) == record
+
+
 @pytest.mark.slow
 def test_under_a_launcher_its_processes_share_each_run(folder):
     """One network on two processes, run after run; the same pairs as in one process."""
@@ -166,6 +219,10 @@ def test_under_a_launcher_its_processes_share_each_run(folder):
     assert record["starts"][-1]["environment"]["world_size"] == 2
     again = run("ddp_cpu", *chosen, timeout=900)
     assert again.stdout.count("is finished") == 2, again.stdout
+    other = run("ddp_cpu", *chosen, "optim.optimizer.lr=0.5", "--report-only", timeout=900)
+    assert other.returncode == 1
+    for place in ("mcir: ", "mcir: process 1: "):
+        assert f"{place}{output}/runs/plain.seed0 was trained with other settings (" in other.stdout, other.stdout
 
 
 @pytest.mark.slow
