@@ -34,11 +34,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
 from mcir.errors import UserError
+from mcir.weights.files import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def write_files(
 ) -> dict[str, Any]:
     """Write and flush; size and checksum of each file, by name."""
     for name, tensors in files.items():
-        save_file(dict(tensors), folder / name, metadata={"format": "pt", **metadata})
+        write_tensors(folder / name, tensors, metadata)
     for name, text in texts.items():
         (folder / name).write_text(text)
     return {name: _fingerprint(folder / name) for name in [*files, *texts]}

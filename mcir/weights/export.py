@@ -5,6 +5,7 @@ would have to convert back.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -18,9 +19,9 @@ from ruamel.yaml import YAML
 from torch import Tensor, nn
 
 from mcir.archs import Arch
-from mcir.archs.state_dict import PARALLEL_PREFIX, WEIGHTS_FILE
+from mcir.archs.state_dict import PARALLEL_PREFIX, WEIGHTS_FILE, locate
 from mcir.errors import UserError
-from mcir.weights.files import save_weights
+from mcir.weights.files import replacing, save_weights
 from mcir.weights.trained import Trained
 
 Format = Literal["basicsr", "official", "onnx", "hub-folder"]
@@ -28,6 +29,8 @@ Format = Literal["basicsr", "official", "onnx", "hub-folder"]
 CONVOLUTIONAL = ("edsr", "ffanet", "nafnet")  # their graph is the same for every image size
 ONNX_SIDE = 256
 ONNX_TOLERANCE = 1e-3
+OF_A_RUN = ("run.json", "checkpoints", "manifest.json", "state.json")
+"""What a run or a checkpoint holds, and no export."""
 
 
 def _module(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def export(
     restored image (any size for convolutional networks, otherwise one: `size`, the network's own or 256 x 256), and
     `hub-folder` a folder with weights, config and model card, which shows `pictures` (PNG by caption), and names the
     `licence` of the weights and where they will be, `repo`. Raises UserError for an unknown format, a default name
-    that is taken and missing packages.
+    that is taken, an output that cannot be written or would replace what a run wrote, and missing packages.
     """
     if to not in get_args(Format):
         raise UserError(f"cannot export to '{to}': choose {', '.join(get_args(Format))}, hub")
@@ -81,19 +84,37 @@ def export(
         output = Path(trained.name + {"onnx": ".onnx", "hub-folder": ""}.get(to, ".pth"))
         if output.exists():
             raise UserError(f"{output} is there already: give --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    wrap = OFFICIAL.get(described.name) if to == "official" else _params
+    if wrap is None:
+        raise UserError(f"network '{described.name}' is of no published repository: export to basicsr or hub-folder")
+    check_output(trained, output, is_folder=to == "hub-folder")
     if to == "onnx":
         _write_onnx(net.eval(), described, output, size)
     elif to == "hub-folder":
         _write_hub_folder(trained, output, pictures or {}, licence, repo)
     else:
-        wrap = _params if to == "basicsr" else OFFICIAL.get(described.name)
-        if wrap is None:
-            raise UserError(
-                f"network '{described.name}' is of no published repository: export to basicsr or hub-folder"
-            )
-        torch.save(wrap({name: tensor.contiguous() for name, tensor in net.state_dict().items()}), output)
+        content = wrap({name: tensor.contiguous() for name, tensor in net.state_dict().items()})
+        with replacing(output) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
     return output
+
+
+def check_output(trained: Trained, output: Path, is_folder: bool) -> None:
+    """UserError where it is known beforehand that the output cannot or must not be written; makes the folders above."""
+    written = output / WEIGHTS_FILE if is_folder else output
+    wanted = "folder" if is_folder else "file"
+    try:
+        if output.exists() and not (output.is_dir() if is_folder else output.is_file()):
+            raise UserError(f"{output}: is there and no {wanted}; give a {wanted} to write")
+        if is_folder and (found := [name for name in OF_A_RUN if (output / name).exists()]):
+            raise UserError(f"{output}: holds what a run wrote ({found[0]}); give a folder of its own")
+        if written.exists() and written.samefile(locate(trained.path)):
+            raise UserError(f"{written}: holds the weights that are exported; give another output")
+        written.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error}); choose another place") from error
+    if not os.access(written.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{output}: {written.parent} is write-protected; choose another place")
 
 
 def _onnx_size(arch: Arch, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -116,7 +137,7 @@ def _sides(arch: Arch) -> str:
 
 
 def _write_onnx(net: nn.Module, arch: Arch, output: Path, size: tuple[int, int] | None) -> None:
-    """Trace, write, and compare with torch where ONNX Runtime is installed."""
+    """Trace, compare with torch where ONNX Runtime is installed, and write."""
     if missing := [name for name in ("onnx", "onnxscript") if not find_spec(name)]:
         raise UserError(f"exporting to ONNX needs {' and '.join(missing)}: pip install 'mcir[onnx]'")
     height, width = _onnx_size(arch, size)
@@ -125,44 +146,42 @@ def _write_onnx(net: nn.Module, arch: Arch, output: Path, size: tuple[int, int] 
     free = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     if any_size:
         image = image.repeat(2, 1, 1, 1)  # a batch of 1 would be taken for a constant
-    torch.onnx.export(
+    program = torch.onnx.export(
         net,
         (image,),
-        output,
         input_names=["degraded"],
         output_names=["restored"],
         dynamo=True,
         dynamic_shapes=(free,) if any_size else None,
-        external_data=False,
         verbose=False,
     )
+    assert program is not None
+    graph = program.model_proto.SerializeToString()
     if find_spec("onnxruntime"):
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         with torch.no_grad():
             expected = net(image)
         restored = torch.from_numpy(session.run(None, {"degraded": image.numpy()})[0])
         if (difference := (restored - expected).abs().max().item()) > ONNX_TOLERANCE:
-            output.unlink()
-            raise UserError(f"the ONNX graph differs from the network by {difference:.2g}; it was not kept")
+            raise UserError(f"the ONNX graph differs from the network by {difference:.2g}; it is not written")
+    with replacing(output) as temporary:
+        temporary.write_bytes(graph)
 
 
 def _write_hub_folder(
     trained: Trained, folder: Path, pictures: Mapping[str, bytes], licence: str | None, repo: str | None
 ) -> None:
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file; give a folder to write weights, config and model card into")
-    folder.mkdir(exist_ok=True)
     metadata = _metadata(trained)
     save_weights(folder / WEIGHTS_FILE, trained.net.state_dict(), metadata)
     config = json.loads(metadata["config"]) if "config" in metadata else {"arch": json.loads(metadata["arch"])}
-    (folder / "config.yaml").write_text(_yaml(config), encoding="utf-8")
     names = {caption: re.sub(r"\W+", "-", caption) + ".png" for caption in pictures}
-    for caption, picture in pictures.items():
-        (folder / names[caption]).write_bytes(picture)
     card = model_card(trained.net, trained.arch, metadata, names, licence, repo)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    beside = {names[caption]: picture for caption, picture in pictures.items()}
+    for name, content in {"config.yaml": _yaml(config).encode(), **beside, "README.md": card.encode()}.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_bytes(content)
 
 
 def _metadata(trained: Trained) -> dict[str, str]:

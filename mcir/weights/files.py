@@ -8,7 +8,9 @@ description in the metadata, so that a file alone rebuilds its network.
 import json
 import logging
 import re
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -127,7 +129,8 @@ def load_into(
 
     Buffers that follow from the image and window size (SwinIR's masks and indices) stay as built. EDSR-PyTorch's names
     are translated; names that are no part of the network are left aside. Raises UserError when nothing matches, less
-    than `min_share` of the network's values, or, if `strict`, not all on both sides; and when a value is not finite.
+    than `min_share` of the network's values, or, if `strict`, not all on both sides; and when a value is not finite or
+    quantised.
     """
     tensors, entry = read_entry(path, prefer)
     file = locate(path)
@@ -179,12 +182,41 @@ def load_into(
             f"{file}: {len(ruined)} of its tensors hold values that are not finite ({ruined[0]} …): the run that wrote "
             "it had failed before; take an earlier checkpoint"
         )
+    if whole := [n for n, t in matched.items() if wanted[n].is_floating_point() and not t.is_floating_point()]:
+        kind = str(matched[whole[0]].dtype).removeprefix("torch.")
+        raise UserError(
+            f"{file}: {len(whole)} of its tensors hold {kind} where the network has fractions ({whole[0]} …): "
+            "quantised weights are not read; take the file of fp32, fp16 or bf16 that they were made from"
+        )
     net.load_state_dict(matched, strict=False)
     return report
 
 
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A temporary name beside the file, which takes the file's place once it is written whole. UserError where it
+    cannot be: the file is as it was."""
+    temporary = file.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        temporary.replace(file)
+    except (OSError, RuntimeError, SafetensorError) as error:  # of the disk, of torch and of safetensors
+        raise UserError(f"{file}: cannot be written ({error}); make room there or choose another place") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file with the mode of an ordinary one: safetensors itself makes it the owner's alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+    path.chmod(mode)
+
+
 def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file: floating-point tensors as fp32, names as given.
+    """Write a safetensors file, whole or not at all: floating-point tensors as fp32, names as given.
 
     `metadata` needs "arch", the JSON of the network's description; "config" holds the JSON of the run's. Further
     entries (step, metrics …) are kept as they are.
@@ -196,7 +228,8 @@ def save_weights(path: str | Path, state_dict: Mapping[str, Tensor], metadata: M
         .clone(memory_format=torch.contiguous_format)
         for name, tensor in state_dict.items()
     }
-    save_file(tensors, path, metadata={"format": "pt", "mcir": __version__, **metadata})
+    with replacing(Path(path)) as temporary:
+        write_tensors(temporary, tensors, {"mcir": __version__, **metadata})
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

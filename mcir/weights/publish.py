@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from mcir.data.push import refusals
 from mcir.errors import UserError
-from mcir.weights.export import export
+from mcir.weights.export import check_output, export
 from mcir.weights.trained import Trained
 
 
@@ -28,6 +28,8 @@ def publish(
     """
     from huggingface_hub import HfApi
 
+    if output:
+        check_output(trained, output, is_folder=True)
     with refusals(f"--repo {repo}"):
         api = HfApi()
         api.create_repo(repo, private=private or None, exist_ok=True)

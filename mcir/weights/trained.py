@@ -6,6 +6,7 @@ contradicts is refused; the network is laid out in memory as in the run, so that
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from mcir.errors import UserError
 from mcir.section import is_url, parse_yaml
 from mcir.weights.files import build_from, load_into, read_metadata
 from mcir.weights.remote import EMA_FILE, Kind, fetch_all, name_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -188,10 +191,13 @@ def _best(run_dir: Path) -> Path:
     newest = checkpoints[-1]
     try:
         best = json.loads((newest / "state.json").read_text())["best"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{newest}: is damaged ({error}); name another checkpoint") from error
-    path = newest.with_name(best[1]) if best else newest
-    return path if path.is_dir() else newest
+        path = newest.with_name(best[1]) if best else newest
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{newest}: is damaged (state.json: {error}); name another checkpoint") from error
+    if path.is_dir():
+        return path
+    log.warning("%s: its best checkpoint, %s, is gone: %s, the newest, is taken", run_dir, path.name, newest.name)
+    return newest
 
 
 def _load_foreign(file: Path, arch: Arch, kind: Kind | None) -> nn.Module:

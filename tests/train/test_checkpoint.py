@@ -1,6 +1,8 @@
 import json
 import logging
+import os
 import shutil
+import stat
 import subprocess
 import threading
 import weakref
@@ -256,3 +258,12 @@ def test_a_second_run_of_the_same_name_takes_a_directory_of_its_own(finished, tm
 def test_nothing_is_unpickled(finished):
     suffixes = {path.suffix for path in (finished.run_dir / "checkpoints").rglob("*") if path.is_file()}
     assert suffixes == {".safetensors", ".json", ".yaml"}
+
+
+def test_others_may_read_a_checkpoint_where_the_umask_lets_them(tmp_path):
+    before = os.umask(0o022)
+    try:
+        path = save(checkpointer(tmp_path), 1)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o644}

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from spandrel import ModelLoader
 from torch import nn
 
@@ -238,3 +239,88 @@ def test_runs_and_default_names(tmp_path, monkeypatch):
     assert "38.01" in card
     assert "37.99" not in card
     assert not equal(params(export(opened("runs/mine", kind="target"), "basicsr", tmp_path / "t.pth")), params(path))
+
+
+@pytest.mark.parametrize("held", ["run.json", "checkpoints/step-00000002/x", "manifest.json", "state.json"])
+def test_a_hub_folder_is_never_written_over_a_run_or_a_checkpoint(tmp_path, held):
+    saved(tmp_path, SMALL["edsr"])
+    run = tmp_path / "run"
+    (run / held).parent.mkdir(parents=True)
+    (run / held).write_text("{}")
+    (run / "config.yaml").write_text("mine")
+    with pytest.raises(UserError, match=f"holds what a run wrote .{held.split('/')[0]}"):
+        export(opened(tmp_path), "hub-folder", run)
+    assert (run / "config.yaml").read_text() == "mine"
+    assert not (run / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("to", ["basicsr", "official", "onnx", "hub-folder"])
+def test_an_export_never_replaces_the_weights_that_it_is_of(tmp_path, to):
+    saved(tmp_path, SMALL["edsr"])
+    before = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    output = tmp_path / "link" / ("" if to == "hub-folder" else "model.safetensors")
+    with pytest.raises(UserError, match="holds the weights that are exported"):
+        export(opened(tmp_path), to, output)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("to", ["basicsr", "official", "onnx", "hub-folder"])
+def test_an_output_that_cannot_be_is_said_before_the_work(tmp_path, monkeypatch, to):
+    def never(*args, **options):
+        raise AssertionError("the output is not looked at first")
+
+    monkeypatch.setattr(torch.onnx, "export", never)
+    monkeypatch.setattr("mcir.weights.export.find_spec", lambda name: True)
+    saved(tmp_path, SMALL["edsr"])
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    wrong = (
+        {"file": "no folder; give a"}
+        if to == "hub-folder"
+        else dict.fromkeys(("folder", "/dev/null"), "no file; give a")
+    )
+    for output, message in {**wrong, "file/below": "cannot be written", "n" * 300: "cannot be written"}.items():
+        with pytest.raises(UserError, match=message):
+            export(opened(tmp_path), to, tmp_path / output)
+
+
+@pytest.mark.parametrize(
+    ("to", "writer", "error"),
+    [
+        ("basicsr", "torch.save", RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos")),
+        ("official", "torch.save", OSError(28, "No space left on device")),
+        ("hub-folder", "mcir.weights.files.save_file", SafetensorError("I/O error: No space left on device")),
+    ],
+)
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, to, writer, error):
+    def full(content, file, **options):
+        (file.write if hasattr(file, "write") else file.write_bytes)(b"half of it")
+        raise error
+
+    saved(tmp_path, SMALL["edsr"])
+    output = tmp_path / "out"
+    written = output / "model.safetensors" if to == "hub-folder" else output
+    written.parent.mkdir(exist_ok=True)
+    written.write_bytes(b"earlier")
+    monkeypatch.setattr(writer, full)
+    with pytest.raises(UserError, match="cannot be written"):
+        export(opened(tmp_path), to, output)
+    assert written.read_bytes() == b"earlier"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@onnx
+def test_an_onnx_graph_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    import onnxruntime
+
+    net = saved(tmp_path, SMALL["edsr"])
+    path = export(opened(tmp_path), "onnx", tmp_path / "net.onnx", size=(16, 16))
+    session, image = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]), torch.rand(1, 3, 16, 16)
+    restored = torch.from_numpy(session.run(["restored"], {"degraded": image.numpy()})[0])
+    assert torch.allclose(restored, net(image).detach(), atol=1e-5)
+    before = path.read_bytes()
+    monkeypatch.setattr("mcir.weights.export.ONNX_TOLERANCE", -1)
+    with pytest.raises(UserError, match="it is not written"):
+        export(opened(tmp_path), "onnx", path, size=(16, 16))
+    assert path.read_bytes() == before

@@ -1,6 +1,8 @@
 import argparse
 import json
+import os
 import pickle
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -305,3 +307,27 @@ def test_an_entry_is_named_in_brackets(tmp_path):
     assert equal(read_state_dict(tmp_path / "net.pth"), second.state_dict())
     with pytest.raises(UserError, match="has no entry b; there is a, params"):
         read_state_dict(tmp_path / "net.pth[b]")
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    net = small()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    quantised = {name: (tensor * 100).to(torch.int8) for name, tensor in before.items()}
+    save_file(quantised, tmp_path / "int8.safetensors")
+    with pytest.raises(UserError, match=r"hold int8 .*quantised weights are not read"):
+        load_into(net, tmp_path / "int8.safetensors")
+    assert equal(net.state_dict(), before)
+    counted = nn.BatchNorm2d(3)  # whole numbers of its own are no fault
+    torch.save(counted.state_dict(), tmp_path / "counted.pth")
+    assert load_into(nn.BatchNorm2d(3), tmp_path / "counted.pth", strict=True).complete
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_a_file_has_the_mode_of_an_ordinary_one(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_weights(tmp_path / "a.safetensors", small().state_dict(), {"arch": parse(SMALL).model_dump_json()})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o666 & ~umask
+    assert os.listdir(tmp_path) == ["a.safetensors"]

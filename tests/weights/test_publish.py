@@ -80,3 +80,11 @@ def test_a_hub_that_does_not_take_it(run_dir, the_hub, monkeypatch):
     (trained,) = open_trained([str(run_dir)])
     with pytest.raises(UserError, match=r"^--repo owner/name: the Hub does not take it .* the token \(HF_TOKEN"):
         publish(trained, "owner/name")
+
+
+def test_a_folder_that_may_not_be_written_is_said_before_the_hub_is_asked(run_dir, the_hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    (trained,) = open_trained([str(run_dir)])
+    with pytest.raises(UserError, match="holds what a run wrote"):
+        publish(trained, "owner/name", output=run_dir)
+    assert not (tmp_path / "hub/models").exists()

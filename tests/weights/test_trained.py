@@ -1,6 +1,8 @@
 """Whatever the user points at becomes the network and the weights that it means, or a sentence."""
 
 import json
+import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,10 +50,6 @@ def test_a_run_means_its_best_checkpoint(run_dir):
     assert trained.arch == parse(ARCH)
     assert not trained.net.training
     assert value(open_trained([str(run_dir)], "target")[0]) == 2
-    for path in (run_dir / "checkpoints" / "step-00000002").iterdir():
-        path.unlink()
-    (run_dir / "checkpoints" / "step-00000002").rmdir()
-    assert value(open_trained([str(run_dir)])[0]) == 3.5  # the best was not kept: the newest
 
 
 def test_a_checkpoint_and_a_file_mean_themselves(run_dir):
@@ -124,3 +122,19 @@ def test_names_must_differ(tmp_path):
     file = save(tmp_path / "a.safetensors", 1)
     with pytest.raises(UserError, match="two weights are called a"):
         open_trained([str(file), str(file)])
+
+
+def test_the_newest_in_place_of_a_best_that_is_gone_is_said(run_dir, caplog):
+    with caplog.at_level(logging.WARNING):
+        open_trained([str(run_dir)])
+        assert not caplog.text
+        shutil.rmtree(run_dir / "checkpoints" / "step-00000002")
+        assert value(open_trained([str(run_dir)])[0]) == 3.5
+    assert "its best checkpoint, step-00000002, is gone: step-00000003, the newest, is taken" in caplog.text
+
+
+@pytest.mark.parametrize("state", ["[]", "7", '{"best": 5}', '{"best": [30.0]}', '{"best": [30.0, 5]}', "{"])
+def test_a_state_that_names_no_best_checkpoint_is_damaged(run_dir, state):
+    (run_dir / "checkpoints" / "step-00000003" / "state.json").write_text(state)
+    with pytest.raises(UserError, match=r"step-00000003: is damaged"):
+        open_trained([str(run_dir)])
