@@ -12,7 +12,7 @@ Pillow holds at most 8 bits of a colour channel, but unpacks either byte of 16: 
 """
 
 import io
-import os
+import secrets
 import struct
 import sys
 import zlib
@@ -186,7 +186,7 @@ def resized_exif(exif: bytes, height: int, width: int) -> bytes:
 def write(path: Path, picture: Picture) -> None:
     """Writes the file whole or not at all. OSError: no room, no permission; ValueError: more than the format takes."""
     data = encode(picture)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")  # short: the name itself may be as long as they get
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)

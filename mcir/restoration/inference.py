@@ -53,9 +53,9 @@ def infer(
     `net` must be in eval mode and on that device. `tile`: side of the square tiles in input pixels, a multiple of the
     network's size multiple; None: the whole image; "auto": the whole batch, on out-of-memory fewer images at once, then
     smaller tiles; what would not fit into a CPU's memory is not tried (memory.py). A network with a fixed size is
-    always tiled by it, as its official test does. `overlap` of neighbouring tiles in input pixels, at most half a tile;
-    by default the network's own, else 32. `ensemble`: the mean over the 8 turns and mirrorings of the image ("+" in
-    super-resolution tables), 8 times as long.
+    always tiled by it, as its official test does. `overlap` of neighbouring tiles in input pixels, at most half a tile:
+    "auto" takes none smaller than twice of it; by default the network's own, else 32, or half a tile. `ensemble`: the
+    mean over the 8 turns and mirrorings of the image ("+" in super-resolution tables), 8 times as long.
 
     "auto" decides on each process alone, so it is not for a network whose forward is collective (sharded weights).
     Raises UserError for a tile or overlap that the network cannot take, ValueError for another shape or dtype.
@@ -65,7 +65,7 @@ def infer(
         raise ValueError(f"degraded must be floating, (B, 3, H, W), not {degraded.dtype} {tuple(degraded.shape)}.")
     check_tiles(descriptor, tile, overlap)
     failure: Exception | None = None
-    for side, num_tiles in attempts(descriptor, degraded.shape, tile):
+    for side, num_tiles in attempts(descriptor, degraded.shape, tile, overlap or 0):
         if degraded.device.type == "cpu" and not fits_cpu(net, descriptor, degraded.shape, side, num_tiles):
             failure = MemoryError("not enough memory for this picture")
             continue
@@ -123,7 +123,7 @@ def check_tiles(descriptor: Descriptor, tile: int | str | None, overlap: int | N
 
 
 def attempts(
-    descriptor: Descriptor, shape: torch.Size, tile: int | Literal["auto"] | None
+    descriptor: Descriptor, shape: torch.Size, tile: int | Literal["auto"] | None, overlap: int = 0
 ) -> Iterator[tuple[int, int]]:
     """(side of the tiles, tiles per forward) to try in turn: one, or ever less memory for "auto"."""
     num_images, whole = shape[0], max(padded_size(descriptor, shape[2], shape[3]))
@@ -135,7 +135,7 @@ def attempts(
     while num_tiles > 1:
         num_tiles //= 2
         yield side, num_tiles
-    smallest, _ = padded_size(descriptor, SMALLEST_TILE, SMALLEST_TILE)
+    smallest, _ = padded_size(descriptor, *[max(SMALLEST_TILE, 2 * overlap)] * 2)
     while not descriptor.fixed_size and side > smallest:
         side = max(smallest, side // 2 // descriptor.size_multiple * descriptor.size_multiple)
         yield side, 1
@@ -200,8 +200,7 @@ def restore_tiled(
     num_images, channels, height, width = image.shape
     tile_height, tile_width = min(side, height), min(side, width)
     if overlap is None:
-        overlap = descriptor.tile_overlap or 32
-    overlap = min(overlap, side // 2)
+        overlap = min(descriptor.tile_overlap or 32, side // 2)
     places = [
         (b, top, left)
         for top in tile_starts(height, side, overlap)

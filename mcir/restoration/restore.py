@@ -5,7 +5,9 @@ output that would replace an input, an impossible tile); a bad file stops nothin
 output is whole, so that what exists can be skipped by the next run.
 """
 
+import errno
 import glob
+import os
 import time
 import warnings
 from collections import defaultdict
@@ -19,10 +21,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor, nn
 
 from mcir.archs.base import Descriptor
-from mcir.data.files import files_below, is_left_over
+from mcir.data.files import LeftOut, files_below, why_left_out
 from mcir.errors import UserError
 from mcir.restoration.images import SUFFIXES, Picture, open_header, read, to_rgb, with_rgb, write
 from mcir.restoration.inference import check_tiles, infer, is_out_of_memory
@@ -50,20 +53,21 @@ def restore(
     """Restores every picture of `inputs` to the same name in `output_dir`; returns one sentence for each that failed.
 
     `inputs`: files, folders (searched to any depth, the tree is kept in `output_dir`) and patterns (also `**`) of PNG,
-    JPEG, WebP and TIFF. What exists in `output_dir` is skipped unless `overwrite`. `tile`, `overlap`, `ensemble`: see
-    `infer`. `net` is moved to `device`. Progress goes to `console`.
+    JPEG, WebP and TIFF; what else is there is counted in a line at the end. What exists in `output_dir` is skipped
+    unless `overwrite`. `tile`, `overlap`, `ensemble`: see `infer`. `net` is moved to `device`. Progress goes to
+    `console`.
 
     Raises UserError before anything is restored: an input that is missing or holds no picture, two inputs with one
-    output, an output that is an input, an impossible tile; and later only for a full or write-protected disk.
+    output, an output that is an input or a folder, an impossible tile; and later only for a full or write-protected
+    disk.
     """
     check_tiles(descriptor, tile, overlap)
     output_dir, console = Path(output_dir), console or Console(stderr=True)
-    jobs = plan(inputs, output_dir)
-    todo = [job for job in jobs if overwrite or not job[1].exists()]
-    if len(todo) < len(jobs):
-        console.print(
-            f"{len(jobs) - len(todo)} of {len(jobs)} exist in {output_dir}: skipped (--overwrite redoes them)"
-        )
+    left_out = LeftOut()
+    jobs = plan(inputs, output_dir, left_out)
+    todo = [job for job in jobs if overwrite or not os.path.exists(job[1])]
+    if skipped := len(jobs) - len(todo):
+        console.print(Text(f"{skipped} of {len(jobs)} exist in {output_dir}: skipped (--overwrite redoes them)"))
     run = partial(infer, net.to(device).eval(), descriptor, tile=tile, overlap=overlap, ensemble=ensemble)
 
     failures: list[str] = []
@@ -89,14 +93,17 @@ def restore(
                 else:
                     writing.append((job, pool.submit(write, job[1], result)))
         finish(writing, done)
+    if left_out.counts:
+        console.print(Text(f"left out: {'; '.join(left_out.lines())}"))
     return sorted(failures)
 
 
-def plan(inputs: list[str], output_dir: Path) -> list[Job]:
-    """Each input with its output. UserError: nothing there, two inputs of one output, an output that is an input."""
+def plan(inputs: list[str], output_dir: Path, left_out: LeftOut | None = None) -> list[Job]:
+    """Each input with its output. UserError: nothing there, two inputs of one output, an output that is an input or a
+    folder."""
     sources: dict[Path, Path] = {}  # output -> input
     for pattern in inputs:
-        found = list(find(pattern, output_dir))
+        found = list(find(pattern, output_dir, left_out))
         if not found:
             raise UserError(f"{pattern}: no picture found ({', '.join(SUFFIXES)})")
         for source, name in found:
@@ -107,20 +114,22 @@ def plan(inputs: list[str], output_dir: Path) -> list[Job]:
     for target, source in sources.items():
         if target.resolve() in taken:
             raise UserError(f"{source} would replace the input {target}: choose another output folder")
+        if os.path.isdir(target):
+            raise UserError(f"{target}: is a folder where {source} would be written: choose another output folder")
     return [(source, target) for target, source in sources.items()]
 
 
-def find(pattern: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
-    """(file, its name below the output folder) for a file, a folder or a pattern; hidden files and earlier outputs are
-    left out of the last two."""
-    path = Path(pattern)
-    if path.is_file():
+def find(pattern: str, output_dir: Path, left_out: LeftOut | None = None) -> Iterator[tuple[Path, Path]]:
+    """(file, its name below the output folder) for a file, a folder or a pattern; of the last two what is no picture or
+    hidden, which `left_out` counts, and earlier outputs take no part."""
+    path, left_out = Path(pattern), LeftOut() if left_out is None else left_out
+    if os.path.isfile(path):
         if path.suffix.lower() not in SUFFIXES:
             raise UserError(f"{path}: not one of {', '.join(SUFFIXES)}")
         yield path, Path(path.name)
         return
-    if path.is_dir():
-        root, found = path, files_below(path, SUFFIXES)
+    if os.path.isdir(path):
+        root, found = path, files_below(path, SUFFIXES, left_out)
     elif glob.has_magic(pattern):
         fixed = next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
         root, found = Path(*path.parts[:fixed]), [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]
@@ -128,9 +137,12 @@ def find(pattern: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
         raise UserError(f"{pattern}: no such file or folder")
     inside_output = output_dir.resolve() if output_dir.resolve() != root.resolve() else None
     for file in found:
-        if is_left_over(file.relative_to(root)) or file.suffix.lower() not in SUFFIXES or not file.is_file():
+        if file.is_dir() or (inside_output and inside_output in file.resolve().parents):
             continue
-        if inside_output is None or inside_output not in file.resolve().parents:
+        reason = why_left_out(file.relative_to(root), SUFFIXES) or (not file.is_file() and "behind a broken link")
+        if reason:
+            left_out.add(reason, os.fsencode(file).decode(errors="backslashreplace"))
+        else:
             yield file, file.relative_to(root)
 
 
@@ -196,7 +208,9 @@ def restore_batch(
             raise
     if len(pictures) == 1:
         height, width = pictures[0].pixels.shape[:2]
-        return [f"{height} x {width} pixels do not fit into memory: give --tile auto, or smaller tiles"]
+        return [
+            f"{height} x {width} pixels do not fit into memory: give --tile auto, smaller tiles or a smaller --overlap"
+        ]
     half = len(pictures) // 2
     return restore_batch(pictures[:half], run, device) + restore_batch(pictures[half:], run, device)
 
@@ -210,4 +224,7 @@ def finish(writing: list[tuple[Job, Future[None]]], done: Callable[[str | None],
         except ValueError as error:
             done(f"{source}: cannot be written as {target.name}: {error}")
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                done(f"{source}: cannot be written: the path of its output, {target}, is too long")
+                continue
             raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error

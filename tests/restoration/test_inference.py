@@ -258,3 +258,14 @@ def test_the_network_runs_in_full_fp32_and_nothing_else_does():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert seen == [("highest", False)]
+
+
+def test_auto_takes_no_tiles_that_the_overlap_does_not_fit():
+    descriptor, degraded = Descriptor(), torch.rand(1, 3, 100, 100)
+    net = Nearest(descriptor, 60 * 60).eval()
+    assert torch.equal(infer(net, descriptor, degraded, tile="auto", overlap=20), degraded)
+    assert net.seen[0][2:] == (50, 50)
+    net = Nearest(descriptor, 60 * 60).eval()
+    with pytest.raises(torch.OutOfMemoryError):
+        infer(net, descriptor, degraded, tile="auto", overlap=31)
+    assert not net.seen

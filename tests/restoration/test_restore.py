@@ -2,6 +2,7 @@ import io
 import math
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,7 +143,9 @@ def test_a_batch_that_does_not_fit_is_halved(tmp_path, monkeypatch):
     net = Inverting(most_pixels=2 * 54)
     failures = run([tmp_path / "in"], tmp_path / "out", net, tile=None)
     assert net.seen == [(2, 3, 6, 9)] * 2
-    assert failures == [f"{big}: 30 x 40 pixels do not fit into memory: give --tile auto, or smaller tiles"]
+    assert failures == [
+        f"{big}: 30 x 40 pixels do not fit into memory: give --tile auto, smaller tiles or a smaller --overlap"
+    ]
     assert all((tmp_path / "out" / source.name).exists() for source in sources)
     assert run([big], tmp_path / "out", Inverting(most_pixels=33 * 33), tile="auto") == []
 
@@ -212,3 +215,54 @@ def test_threads_are_gone_afterwards_and_no_temporary_file_stays(tmp_path):
         thread.join(timeout=10)
     assert not any(thread.is_alive() for thread in left)
     assert os.listdir(tmp_path / "out") == ["a.png"]
+
+
+def test_names_as_long_as_they_get(tmp_path):
+    longest = save(tmp_path / "in" / f"{'n' * 251}.png")
+    assert run([tmp_path / "in"], tmp_path / "out") == []
+    assert (pixels(tmp_path / "out" / longest.name) == 255 - pixels(longest)).all()
+    with pytest.raises(UserError, match="no such file or folder"):
+        run([tmp_path / ("n" * 300)], tmp_path / "out")
+
+
+def test_an_output_whose_path_is_too_long_is_a_failure_of_that_picture(tmp_path, monkeypatch):
+    """Of a tree that fits where it lies, and not deeper."""
+    good, deep = save(tmp_path / "in" / "a.png"), Path("in", *["d" * 200] * 18)
+    monkeypatch.chdir(tmp_path)
+    save(deep / "b.png")
+    out = Path(*["o" * 200] * 3)
+    (failure,) = run(["in"], out)
+    assert failure.startswith(f"{deep / 'b.png'}: cannot be written: the path of its output")
+    assert (pixels(out / "a.png") == 255 - pixels(good)).all()
+
+
+def test_what_is_left_out_is_said_once_at_the_end(tmp_path):
+    save(tmp_path / "in" / "a.png")
+    for name in ("b.bmp", "c.bmp", "d.GIF"):
+        save(tmp_path / "in" / name)
+    (tmp_path / "in" / "e.png").symlink_to(tmp_path / "gone.png")
+    for place in (tmp_path / "in", tmp_path / "in" / "*"):
+        console = Console(file=io.StringIO(), width=2000)
+        assert run([place], tmp_path / "out", overwrite=True, console=console) == []
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
+        *_, line = console.file.getvalue().splitlines()
+        assert line.startswith("left out: 1 behind a broken link (")
+        for part in ("e.png)", "2 of a kind that is not read, .bmp (", "c.bmp", "1 of a kind that is not read, .gif ("):
+            assert part in line
+
+
+def test_a_folder_in_the_place_of_an_output_is_a_mistake(tmp_path):
+    save(tmp_path / "in" / "a.png")
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"a.png: is a folder where .* would be written"):
+            run([tmp_path / "in"], tmp_path / "out", overwrite=overwrite)
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    save(tmp_path / "in" / "a.png"), save(tmp_path / "in" / "[red]:smile:.bmp")
+    run([tmp_path / "in"], tmp_path / "o[red]")
+    console = Console(file=io.StringIO(), width=2000)
+    run([tmp_path / "in"], tmp_path / "o[red]", console=console)
+    assert "o[red]: skipped" in console.file.getvalue()
+    assert "[red]:smile:.bmp" in console.file.getvalue()
