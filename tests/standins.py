@@ -31,6 +31,14 @@ class Running(OneImage):
         return super().forward(degraded - self.mean.view(1, 3, 1, 1))
 
 
+class Spectral(OneImage):
+    """A convolution of spectral norm 1: weights are computed with before they are used."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        nn.utils.spectral_norm(self.conv)
+
+
 class Unused(OneImage):
     """A parameter that never gets a gradient."""
 

@@ -110,7 +110,9 @@ def build_accelerator(
         deepspeed_config["zero_optimization"] |= {"reduce_bucket_size": 2**24, "allgather_bucket_size": 2**24}
         if chosen in AUTOCAST:  # DeepSpeed turns an autocast off that it was not told of
             dtype = str(AUTOCAST[chosen]).removeprefix("torch.")
-            deepspeed_config["torch_autocast"] = {"enabled": True, "dtype": dtype}
+            # By default it would also send weights and gradients of convolutions and Linear rounded to it.
+            by_itself = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+            deepspeed_config["torch_autocast"] = by_itself
     accelerator.mcir_precision = chosen
     set_micro_batches(accelerator, batch_size, 1)
     return accelerator

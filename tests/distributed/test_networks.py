@@ -57,16 +57,24 @@ def trained(folder, name):
     }
 
 
-def test_what_a_network_moves_beside_its_weights_is_every_rank_s(tmp_path):
-    """Each rank would go on with a mean of its own, and a resumed run with the first one's: no longer the same run."""
-    config = own(tmp_path, "Running")
+@pytest.mark.parametrize(
+    ("network", "launch_file", "precision", "moved"),
+    [
+        ("Running", "ddp_cpu", "fp32", "mean"),
+        pytest.param("Spectral", "zero3_cpu", "bf16", "conv.weight_u", marks=pytest.mark.slow),
+    ],
+)
+def test_networks_that_move_more_than_their_weights_resume_to_the_bit(tmp_path, network, launch_file, precision, moved):
+    """Each rank would go on with a mean of its own, and a resumed run with the first one's. DeepSpeed would compute a
+    spectral norm from rounded weights, but for those that were just loaded."""
+    config = own(tmp_path, network, compute={"precision": precision})
     for arguments in (["name=whole"], ["name=half", "steps=2"], ["name=half", "--resume", "auto"]):
-        process = run("ddp_cpu", "train", config, *arguments)
+        process = run(launch_file, "train", config, *arguments)
         assert process.returncode == 0, process.stdout
     whole, half = (trained(tmp_path, name) for name in ("whole", "half"))
     assert whole.keys() == half.keys()
     assert all(tensor.equal(half[key]) for key, tensor in whole.items())
-    assert whole["model.safetensors mean"].abs().sum() > 0
+    assert whole[f"model.safetensors {moved}"].abs().sum() > 0
 
 
 @pytest.mark.slow
