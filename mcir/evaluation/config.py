@@ -1,8 +1,9 @@
 """The section `validation`."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator
 
 from mcir.data.chain import AnyDegradation
 from mcir.data.rows import Units
@@ -15,8 +16,11 @@ MEAN = "mean"
 """Where the mean over the sets stands, beside their names."""
 
 
-SET_NAME = r"[A-Za-z0-9][\w.+ -]*"
-"""Pictures of a set are files of its name."""
+def set_name(name: str) -> str:
+    """The name; ValueError for one that files, such as the pictures of a set, cannot have."""
+    if not re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*", name):
+        raise ValueError(f"{name!r} is no name of a set: it begins without a dot and has no slash")
+    return name
 
 
 class ValidationSet(Section):
@@ -44,7 +48,7 @@ class ValidationConfig(Section):
 
     every: PositiveInt
     """Optimizer steps between two validations; the last step always validates."""
-    sets: dict[Annotated[str, Field(pattern=f"^{SET_NAME}$")], ValidationSet] = Field(min_length=1)
+    sets: dict[Annotated[str, AfterValidator(set_name)], ValidationSet] = Field(min_length=1)
     metrics: tuple[AnyMetric, ...] = ()
     """Measured beside PSNR and SSIM: ms_ssim, lpips, dists, niqe, or `{name: import, target: module:function,
     direction: lower}`."""

@@ -4,7 +4,6 @@ Invariant: what the user did not say and the result depends on (how clean images
 settled by what the tables do, and shown, or asked for.
 """
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,7 @@ from mcir.data.layouts import recognise, whose_degraded_half
 from mcir.data.pairs import Fault, guess_patterns, images_below
 from mcir.data.sources import FolderSource, LayoutSource
 from mcir.errors import UserError
-from mcir.evaluation.config import SET_NAME, ValidationSet
+from mcir.evaluation.config import ValidationSet, set_name
 from mcir.evaluation.metrics import PROTOCOLS
 from mcir.evaluation.perceptual import AnyMetric
 from mcir.section import is_url, parse_yaml
@@ -91,8 +90,10 @@ def read_place(place: str, scale: int) -> list[tuple[str, dict[str, Any], Any]]:
         values = parse_yaml(text, f"--data {name}")
         if not isinstance(values, dict):
             raise UserError(f"--data {place}: is no mapping such as NAME={{source: …, protocol: …}}")
-        if not re.fullmatch(SET_NAME, name):
-            raise UserError(f"--data {place}: {name!r} is no name of letters, digits, spaces and . _ + -")
+        try:
+            set_name(name)
+        except ValueError as error:
+            raise UserError(f"--data {place}: {error}") from None
         return [(name, values, None)]
     given, text = split_name(place)
     if is_url(text):

@@ -21,7 +21,6 @@ from mcir.data.loader import Batch, Loader
 from mcir.data.stages import phase_of
 from mcir.errors import UserError
 from mcir.evaluation.evaluate import try_first
-from mcir.objective.features import Features
 from mcir.objective.negatives import Negatives, restoration_error
 from mcir.objective.objective import Objective
 from mcir.parallel.accelerator import (
@@ -38,7 +37,7 @@ from mcir.parallel.shards import align_replicas, broadcast_from_first, cuts_weig
 from mcir.train import offsite, runs
 from mcir.train.checkpoint import Checkpoint, Checkpointer
 from mcir.train.ema import EMA
-from mcir.train.graphs import Recorded, operator_by_operator, require_graphs
+from mcir.train.graphs import operator_by_operator, record_graphs
 from mcir.train.log import log_save, log_step
 from mcir.train.memory import micro_batches
 from mcir.train.optim import set_lr
@@ -63,6 +62,8 @@ class Engine:
     run_dir: Path
     record: Record
     checkpointer: Checkpointer
+    init_from: str | None
+    """Where the weights came from that the run begins with, if any."""
 
     def __init__(self, config: RunConfig, accelerator: Accelerator, resumes: bool = False) -> None:
         self.config, self.accelerator = config, accelerator
@@ -71,60 +72,25 @@ class Engine:
             raise UserError("compute.cudnn_benchmark: a CPU has no cuDNN: set it to false")
         torch.backends.cudnn.benchmark = config.compute.cudnn_benchmark
         set_seed(config.seed)  # the same on all ranks: FSDP2 shards each rank's own copy of the initial weights
-        net = self.arch.build()
-        self.init_from: str | None = None
-        if config.init_from and not resumes:  # a checkpoint replaces them, and they may be gone
-            (fetched,) = fetch_all([config.init_from], accelerator=accelerator)
-            report, self.init_from = load_into(net, fetched.path, min_share=config.init_share), fetched.origin
-            if accelerator.is_main_process:
-                print(report)
+        net = self._build_net(resumes)
         moving = [try_network(net, config, accelerator)]
         broadcast_object_list(moving)
         self.moving = moving[0]
-        channels_last = config.compute.channels_last
-        if channels_last is None:
-            channels_last = self.arch.descriptor.channels_last and accelerator.device.type == "cuda"
         contrast = config.objective.contrast
         per_image = getattr(contrast, "negatives_per_image", "all")
         self.negatives = Negatives(net, contrast.negatives if contrast else (), self.arch.build, per_image)
         self.validation = Validation(net)
-        if channels_last:
-            whole = [self.negatives.nets, self.validation.replica]
-            if cuts_weights(accelerator):
-                convolve_in_channels_last(net)
-            else:
-                whole.append(net)
-            for module in whole:
-                module.to(memory_format=torch.channels_last)
         self.objective = Objective(config.objective, len(config.data.train)).to(accelerator.device)
         if accelerator.is_main_process and contrast and contrast.features.weights == "random":
             log.warning(
                 "the features have random weights (seeded He initialisation): these are not the network's numbers"
             )
-        if not cuts_weights(accelerator):
-            net.to(accelerator.device)
+        self._lay_out(net)
         optimizer = config.optim.optimizer.build(net.parameters())
-        if config.compute.checkpoint_activations:
-            checkpoint_activations(net, self.arch.descriptor)
-        if config.compute.compile:
-            if strategy(accelerator) == "zero3":
-                raise UserError(
-                    "compute.compile: not under zero3, whose hooks gather each layer's weights and are no part of a "
-                    "graph: launch with fsdp2 or zero2, or set it to false"
-                )
-            for module in [net, *self.negatives.nets]:
-                compile_blocks(module, self.arch.descriptor)
-            if accelerator.device.type == "cuda":  # on a CPU that does not pay
-                self.objective.compile_passes()
-        self.recorded: list[Recorded] = []
-        if config.compute.cuda_graphs:
-            require_graphs(accelerator)
-            past: list[nn.Module] = [*self.negatives.nets]
-            if past and self.negatives.see_the_same:
-                self.negatives.nets.streams = [torch.cuda.Stream() for _ in past]
-                past = [self.negatives.nets]
-            seen = [module for module in self.objective.modules() if isinstance(module, Features)]
-            self.recorded = [Recorded(module) for module in (net, *past, *seen)]
+        self._compile(net)
+        self.recorded = (
+            record_graphs(accelerator, net, self.negatives, self.objective) if config.compute.cuda_graphs else []
+        )
         names = [name for name, _ in net.named_parameters()]
         self.model, self.optimizer = accelerator.prepare(net, optimizer)
         require_still_shared(names, unwrapped(accelerator, self.model))
@@ -157,6 +123,47 @@ class Engine:
         self.state.skipped_in_a_row = torch.zeros((), device=accelerator.device)
         self.most_skipped = torch.zeros((), device=accelerator.device)
         self.pace = Pace(accelerator.device)
+
+    def _build_net(self, resumes: bool) -> nn.Module:
+        """The network with the weights that the run begins from, on the CPU."""
+        net, self.init_from = self.arch.build(), None
+        if self.config.init_from and not resumes:  # a checkpoint replaces them, and they may be gone
+            (fetched,) = fetch_all([self.config.init_from], accelerator=self.accelerator)
+            report, self.init_from = load_into(net, fetched.path, min_share=self.config.init_share), fetched.origin
+            if self.accelerator.is_main_process:
+                print(report)
+        return net
+
+    def _lay_out(self, net: nn.Module) -> None:
+        """Give target, negatives and replica the memory format to compute in, and the target its device where no
+        strategy cuts its weights and sees to both."""
+        channels_last = self.config.compute.channels_last
+        if channels_last is None:
+            channels_last = self.arch.descriptor.channels_last and self.accelerator.device.type == "cuda"
+        whole, cut = [self.negatives.nets, self.validation.replica], cuts_weights(self.accelerator)
+        if not cut:
+            whole.append(net.to(self.accelerator.device))
+        elif channels_last:
+            convolve_in_channels_last(net)
+        for module in whole if channels_last else ():
+            module.to(memory_format=torch.channels_last)
+
+    def _compile(self, net: nn.Module) -> None:
+        """Have what the config says computed again or compiled; before anything wraps the network."""
+        compute = self.config.compute
+        if compute.checkpoint_activations:
+            checkpoint_activations(net, self.arch.descriptor)
+        if not compute.compile:
+            return
+        if strategy(self.accelerator) == "zero3":
+            raise UserError(
+                "compute.compile: not under zero3, whose hooks gather each layer's weights and are no part of a "
+                "graph: launch with fsdp2 or zero2, or set it to false"
+            )
+        for module in [net, *self.negatives.nets]:
+            compile_blocks(module, self.arch.descriptor)
+        if self.accelerator.device.type == "cuda":  # on a CPU that does not pay
+            self.objective.compile_passes()
 
     def __str__(self) -> str:
         size = sum(p.numel() for p in self.validation.replica.parameters())

@@ -11,6 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mcir.errors import UserError
+from mcir.objective.features import Features
+from mcir.objective.negatives import Negatives
+from mcir.objective.objective import Objective
 from mcir.parallel.accelerator import strategy
 
 MAX_RECORDINGS = 4
@@ -147,6 +150,19 @@ def operator_by_operator() -> Iterator[None]:
             yield
     finally:
         Recorded.replays = before
+
+
+def record_graphs(
+    accelerator: Accelerator, net: nn.Module, negatives: Negatives, objective: Objective
+) -> list[Recorded]:
+    """What is replayed from now on: target, negatives (side by side where they see the same), features."""
+    require_graphs(accelerator)
+    past: list[nn.Module] = [*negatives.nets]
+    if past and negatives.see_the_same:
+        negatives.nets.streams = [torch.cuda.Stream() for _ in past]
+        past = [negatives.nets]
+    seen = [module for module in objective.modules() if isinstance(module, Features)]
+    return [Recorded(module) for module in (net, *past, *seen)]
 
 
 def require_graphs(accelerator: Accelerator) -> None:

@@ -244,7 +244,8 @@ def _load(file: Path) -> dict[str, Any] | None:
         record = json.loads(file.read_text())
         known = record["state"] in REASONS and {"message", "step", "steps", "best"} <= record.keys()
         known &= isinstance(record["starts"], list) and isinstance(record["images_per_s"], float | int | None)
-        _age(record["updated"])
+        if record["updated"] is not None:
+            _age(record["updated"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return record if known else None
