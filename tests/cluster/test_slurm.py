@@ -142,7 +142,7 @@ def test_preempted_crashed_and_out_of_time_it_ends_with_the_weights_of_an_undist
     assert undisturbed.returncode == 0, undisturbed.stdout
     expected, got = final_tensors(tmp_path / "runs" / "undisturbed", STEPS), final_tensors(job.run_dir, STEPS)
     assert expected.keys() == got.keys()
-    assert len({key.split()[0] for key in got}) == 5  # model, ema, negatives and two shares of the moments
+    assert len({key.split()[0] for key in got}) == 6  # model, ema, negatives, what follows, two shares of the moments
     assert all(torch.equal(expected[key], got[key]) for key in expected)
 
 
