@@ -186,11 +186,8 @@ def validate(values: Mapping[str, Any], name: str) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         lines, wrong = explained(error, values, RunConfig)
-        lines += (
-            _contradictions(_right_part(_without(values, wrong)), {place[0] for place in wrong if place})
-            if wrong
-            else []
-        )
+        fields = {place[0] for place in wrong if place}
+        lines += _contradictions(_right_part(_without(values, wrong)), fields) if wrong else []
         lines = [f"  {line}" for line in dict.fromkeys(lines)]
         raise UserError(f"{name}: {len(lines)} mistake{'s' if len(lines) > 1 else ''}\n" + "\n".join(lines)) from None
 

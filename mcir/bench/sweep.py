@@ -44,7 +44,7 @@ class Trial:
         return f"{name}: {self.images_per_s:.4g} images/s, {self.ms:.4g} ms/step, {self.memory_gib:.3g} GiB{verdict}"
 
 
-def sweep(config: RunConfig, arguments: Sequence[str], steps: int = 4, rounds: int = 5) -> Iterator[Trial]:
+def sweep(config: RunConfig, arguments: Sequence[str], steps: int, rounds: int) -> Iterator[Trial]:
     """Trials as they end; the first is the config as it is. `arguments`: what `mcir bench` was given as configs."""
     measure = partial(_measure, [*arguments, "--steps", str(steps), "--rounds", str(rounds)])
     best = measure({})

@@ -108,8 +108,7 @@ def train(
         for line in [*changed, *([said] if said else [])]:
             print(line, flush=True)
     engine = build_engine(config, resume)
-    if engine.state.step < config.steps:
-        engine.record.update(changed=changed[1:])
+    engine.record.update(changed=changed[1:])
     exit_code = engine.fit()
     engine.accelerator.end_training()
     raise typer.Exit(exit_code)

@@ -53,7 +53,6 @@ _ALL_BAD = 100
 """So many bad samples before the first good one are no accident: the rest is not looked at."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EROFS)
 _SPOOL = ".spool"
 _STATE = ".pack.json"
 _LOCK = ".pack.lock"
@@ -73,19 +72,12 @@ def pack(pairs: Pairs, output: Path, options: Options, num_workers: int = 1) -> 
     if not pairs.samples:
         raise UserError("there is nothing to pack")
     try:
-        return _pack(pairs, output, options, num_workers)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno not in (*_FULL, *_NO_PLACE):
-            raise
-        way_out = "make room, and the same command goes on" if error.errno in _FULL else "choose another folder"
-        raise UserError(f"{output} cannot be written to ({error.strerror}): {way_out}") from error
-
-
-def _pack(pairs: Pairs, output: Path, options: Options, num_workers: int) -> list[Path]:
-    output.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"{output} cannot be made ({error.strerror}): choose another folder") from error
     spools = [output / _SPOOL / spool_name(pair, pairs, options) for pair in pairs.samples]
     state = _state(pairs, options)
-    with _alone(output):
+    with _room_asked_for(output), _alone(output):
         done = _claim(output, state, any(file.exists() for file in spools))
         for name, sha256 in done.items():
             if (output / name).exists() and file_sha256(output / name) != sha256:
@@ -96,6 +88,17 @@ def _pack(pairs: Pairs, output: Path, options: Options, num_workers: int) -> lis
             write(output / _STATE, json.dumps(state | {"shards": done}, indent=1).encode())
         shutil.rmtree(output / _SPOOL, ignore_errors=True)
     return [output / name for name in done]
+
+
+@contextmanager
+def _room_asked_for(output: Path) -> Iterator[None]:
+    """UserError where the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise UserError(f"{output}: {error.strerror}; make room, and the same command goes on") from error
 
 
 @contextmanager

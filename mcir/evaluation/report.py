@@ -10,7 +10,6 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from mcir.errors import UserError
 from mcir.evaluation.evaluate import Scores
+from mcir.weights.files import replacing
 
 CONFIDENCE = 0.95
 COMPARISON_NOTE = (
@@ -194,14 +194,6 @@ def require_writable(path: Path, folder: bool = False) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """The file whole or not at all, where a link leads to. UserError if the disk does not take it."""
-    whole = path.resolve()
-    temporary = whole.with_name(f".{os.getpid()}.{whole.name[-40:]}.partial")
-    try:
-        whole.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
-        temporary.replace(whole)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -155,13 +155,17 @@ def _check_launcher(world_size: int) -> None:
         raise UserError(
             "the launch file asks for FSDP1; set fsdp_config.fsdp_version to 2 (launch/accelerate/fsdp2.yaml)"
         )
-    for variable, option, field in (
-        ("ACCELERATE_DYNAMO_BACKEND", "dynamo_backend", "compute.compile"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing", "compute.checkpoint_activations"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", "accumulate"),
-        ("ACCELERATE_GRADIENT_CLIPPING", "gradient_clipping", "optim.max_grad_norm"),
+    for variable, neutral, option, field in (
+        ("ACCELERATE_DYNAMO_BACKEND", ("no",), "dynamo_backend", "compute.compile"),
+        (
+            "FSDP_ACTIVATION_CHECKPOINTING",
+            ("false",),
+            "fsdp_activation_checkpointing",
+            "compute.checkpoint_activations",
+        ),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("1", "auto"), "gradient_accumulation_steps", "accumulate"),
+        ("ACCELERATE_GRADIENT_CLIPPING", ("none", "auto"), "gradient_clipping", "optim.max_grad_norm"),
     ):
-        neutral = ("1", "auto") if field == "accumulate" else ("no", "false", "none", "auto")
         if os.environ.get(variable, neutral[0]).lower() not in neutral:
             raise UserError(f"the launch asks for {option}, which is the run's to say: set {field}")
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ

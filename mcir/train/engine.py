@@ -293,7 +293,7 @@ class Engine:
         """Open the run directory: from now on a run is there. Collective."""
         self.record = runs.begin(self.config, self.accelerator, start, self.init_from)
         self.run_dir = start.run_dir
-        if self.state.best is None and self.state.step < self.config.steps:
+        if self.state.best is None:
             self.record.update(best=None)
         folder, keep_last = self.run_dir / "checkpoints", self.config.checkpoint.keep_last
         owned, timeout_s = self.record.require_owned, self.config.compute.timeout_s

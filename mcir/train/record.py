@@ -93,12 +93,14 @@ class Record:
     ) -> None:
         self._run_dir, self._lock, self._written = run_dir, lock, time.monotonic()
         self.trackers: dict[str, str] = {}
+        self._nothing_left = False
         if run_dir is None:
             return
         before = _earlier(run_dir / FILE)
         self.trackers |= before.get("trackers", {})
         self._values: dict[str, Any] = before | {"message": None}
-        if before and step >= steps:  # nothing is left to do, whatever else the config may ask for now
+        self._nothing_left = bool(before) and step >= steps  # whatever else the config may ask for now
+        if self._nothing_left:
             return
         reason = REASONS[before["state"]] if before else f"begun from {origin}" if origin else "begun"
         if before and before["message"]:
@@ -124,7 +126,11 @@ class Record:
         self.update()
 
     def update(self, **values: Any) -> None:
-        """Write down new values, such as `step`, `images_per_s` or `best`."""
+        """Write down new values, such as `step`, `images_per_s` or `best`; of a run that nothing is left of, none."""
+        if not self._nothing_left:
+            self._keep(values)
+
+    def _keep(self, values: dict[str, Any]) -> None:
         self._written = time.monotonic()
         if self._run_dir is not None and not (self._lock and self._lock.taken_over_by()):
             self._values |= values | {"updated": _now()}
@@ -137,7 +143,7 @@ class Record:
 
     def end(self, exit_code: int, step: int) -> None:
         """Write down how the run ended. `exit_code` is what `Engine.fit` returns."""
-        self.update(state=STATES[exit_code], step=step)
+        self._keep({"state": STATES[exit_code], "step": step})
 
     def require_owned(self) -> None:
         """UserError once another process has taken the run directory over."""

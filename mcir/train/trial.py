@@ -60,7 +60,8 @@ def try_network(net: nn.Module, config: RunConfig, accelerator: Accelerator) -> 
 
     norms = [name for name, module in tried.named_modules() if isinstance(module, _NormBase)]
     after = dict(tried.named_buffers())
-    return [n for n, buffer in before.items() if n.rpartition(".")[0] not in norms and not buffer.equal(after[n])]
+    moved = [name for name, buffer in before.items() if name in after and not buffer.equal(after[name])]
+    return [name for name in moved if name.rpartition(".")[0] not in norms]
 
 
 def _check_contents(net: nn.Module, strategy: str) -> None:

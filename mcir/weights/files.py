@@ -194,12 +194,12 @@ def load_into(
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A temporary name beside the file, which takes the file's place once it is written whole. UserError where it
-    cannot be: the file is as it was."""
-    temporary = file.with_name(f".{secrets.token_hex(8)}.tmp")
+    """A temporary name beside the file (or where a link leads to), which takes its place once it is written whole.
+    UserError where it cannot be: the file is as it was."""
+    temporary = file.resolve().with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
-        temporary.replace(file)
+        temporary.replace(file.resolve())
     except (OSError, RuntimeError, SafetensorError) as error:  # of the disk, of torch and of safetensors
         raise UserError(f"{file}: cannot be written ({error}); make room there or choose another place") from error
     finally:

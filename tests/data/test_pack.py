@@ -536,7 +536,7 @@ def crops_of(crop_size):
 def test_a_place_that_takes_nothing_is_a_sentence(photographs, tmp_path):
     (tmp_path / "file").write_text("x")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"cannot be written to \(.*\): choose another folder"):
+        with pytest.raises(UserError, match=r"cannot be made \(.*\): choose another folder"):
             pack(photographs, place, Options())
     script = (
         "import resource, sys; from pathlib import Path; from mcir.data.options import Options; from mcir.data.pack "
@@ -546,7 +546,7 @@ def test_a_place_that_takes_nothing_is_a_sentence(photographs, tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path / "clean"), str(tmp_path / "full")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert "UserError: " in done.stderr
-    assert "File too large): make room, and the same command goes on" in done.stderr
+    assert "File too large; make room, and the same command goes on" in done.stderr
     assert len(pack(pair_folders(tmp_path / "clean"), tmp_path / "full", Options())) == 1
 
 
